@@ -1,0 +1,200 @@
+"""From a request to a finished artefact folder: plan, load, export each target, verify, write the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from trimkv_edge.budget import MemoryEstimate, ModelShape, check_fits, estimate_memory, parse_budget
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.errors import ConfigError
+from trimkv_edge.export.targets import TARGETS, check_ops
+from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
+from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
+from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
+from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
+from trimkv_edge.models.source import ModelSource, find_source
+
+_TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What ``trimkv-export`` was asked for; see its ``--help`` for each field."""
+
+    model: str
+    output: Path
+    budget: str = "512"
+    buffer: int = 128
+    prefill_chunk: int = 128
+    policy: str = "per-head"
+    sinks: int = 0
+    recent: int = 0
+    targets: tuple[str, ...] = ("executorch", "onnx")
+    ops: tuple[str, ...] = ()
+    gates: str | None = None
+    dtype: str = "float32"
+    rope: str = "auto"
+    weights: Path | None = None
+    random_weights: bool = False
+    seed: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A request whose settings were checked, and what it will cost. Nothing was loaded or written yet."""
+
+    request: ExportRequest
+    source: ModelSource
+    shape: ModelShape
+    config: CacheConfig
+    memory: MemoryEstimate
+    ops: dict[str, str]
+
+    @property
+    def export_peak(self) -> int:
+        """Estimated peak bytes of the export itself: weights, their copy in the graph, and the libraries."""
+        return 2 * self.memory.weights + 2 * self.memory.cache + 2**30
+
+
+Report = Callable[[str], None]
+
+
+def plan_export(request: ExportRequest) -> ExportPlan:
+    """Checks everything that can be checked before loading weights.
+
+    Raises:
+        TrimKVError: a setting is wrong, the model is not found, or the budget cannot be honoured.
+    """
+    if request.dtype != "float32":
+        raise ConfigError(f"dtype {request.dtype!r} cannot be exported yet: use --dtype float32")
+    ops = check_ops(request.targets, request.ops)
+    source = find_source(request.model, request.weights, request.random_weights)
+    choose_gates(source, request.gates)
+    config = source.config
+    width = min(source.family.gate_intermediate_size, config.hidden_size)
+    gate_parameters = config.num_hidden_layers * width * (config.hidden_size + config.num_key_value_heads)
+    shape = source.shape(gate_parameters)
+    cache = CacheConfig(
+        budget=parse_budget(request.budget, shape, request.buffer, request.dtype),
+        buffer=request.buffer,
+        prefill_chunk=request.prefill_chunk,
+        policy=request.policy,
+        sinks=request.sinks,
+        recent=request.recent,
+    )
+    memory = estimate_memory(shape, cache, request.dtype)
+    if request.output.exists() and not request.force:
+        raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
+    return ExportPlan(request, source, shape, cache, memory, ops)
+
+
+def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """Exports and verifies every target; the output folder appears only when all of it is right.
+
+    Args:
+        plan: from :func:`plan_export`.
+        report: called with one line per stage.
+        progress: called during verification with (tokens done, tokens in all).
+
+    Raises:
+        BudgetError: the export would not fit in the memory at hand.
+        TrimKVError: loading, exporting or verifying failed; the output is as it was.
+    """
+    request = plan.request
+    check_fits(plan.export_peak, f"exporting {request.model} with a budget of {plan.config.budget}")
+    report(f"loading {plan.source.name} ({plan.source.origin}) and its gates")
+    loaded = load_model(plan.source, request.gates, request.rope, request.seed)
+    with _new_folder(request.output) as folder:
+        tokenizer = copy_tokenizer(plan.source.folder, folder, plan.source.config)
+        targets: dict[str, Target] = {}
+        for name, ops in plan.ops.items():
+            report(f"exporting to {name} ({ops})")
+            targets[name] = TARGETS[name].export(loaded.model, plan.config, folder, ops, tokenizer)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model=loaded.info,
+            gates=loaded.gates,
+            cache=plan.config,
+            rope=loaded.rope,
+            tokenizer=tokenizer,
+            dtype=request.dtype,
+            quantization="none",
+            bytes=ByteInfo(plan.memory.cache, 4 * loaded.info.parameters, plan.memory.peak),
+            targets=targets,
+            files=describe_files(folder),
+            tools=tool_versions(),
+        )
+        manifest = verify_targets(manifest, loaded, folder, report, progress)
+        manifest.save(folder)
+    return manifest
+
+
+def verify_targets(
+    manifest: Manifest,
+    loaded: LoadedModel,
+    folder: Path,
+    report: Report,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Compares each target with the eager model and returns the manifest with the parity reports in it."""
+    config = manifest.cache
+    plan = stream_plan(config.budget, config.buffer, config.prefill_chunk)
+    tokens = sample_tokens(folder, manifest, sum(plan))
+    tolerance = load_tolerance(manifest.dtype)
+    targets = {}
+    for name, target in manifest.targets.items():
+        report(f"verifying {name}: {sum(plan)} tokens, every survivor and greedy token against the eager model")
+        reference = EagerEngine(loaded.model, config, manifest.rope.position_limit)
+        artefact = TARGETS[name].engine()(folder, manifest, target, None)
+        done = 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress:
+                progress(done, sum(plan))
+
+        result = compare(reference, artefact, tokens, plan, tolerance.score_rel, count)
+        check(result, tolerance, f"the {name} artefact")
+        targets[name] = replace(target, parity=result.as_dict())
+    return replace(manifest, targets=targets)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that shape an artefact."""
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its place when the block ends well and vanishes when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if output.exists():
+            os.replace(output, old)
+        os.replace(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not output.exists():
+            os.replace(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

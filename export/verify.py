@@ -1,0 +1,171 @@
+"""The last step of every export: the artefact must keep the same survivors and give the same greedy tokens as eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from trimkv_edge.engine import CacheState, Engine, IntArray
+from trimkv_edge.errors import VerificationError
+from trimkv_edge.eviction import protect
+from trimkv_edge.retention import retention_score
+
+MIN_EVENTS = 5
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """See ``tolerances.yaml``."""
+
+    logits_abs: float
+    score_rel: float
+
+
+@dataclass
+class ParityReport:
+    """What was compared and how it came out; goes into the manifest.
+
+    Attributes:
+        tokens, steps, events: length of the stream, model calls, eviction events.
+        survivors: kept entries compared, over all events, layers and heads.
+        survivor_mismatches: entries that only one side kept, without a float32 excuse.
+        undecidable: entries that only one side kept because their scores are equal within ``score_rel``.
+        greedy_mismatches: calls whose greedy token differs.
+        max_logit_diff: largest absolute difference of a logit; max_logit: largest absolute logit.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    events: int = 0
+    survivors: int = 0
+    survivor_mismatches: int = 0
+    undecidable: int = 0
+    greedy_mismatches: int = 0
+    max_logit_diff: float = 0.0
+    max_logit: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_tolerance(dtype: str) -> Tolerance:
+    """The row of ``tolerances.yaml`` for ``dtype``."""
+    table = yaml.safe_load((Path(__file__).parent / "tolerances.yaml").read_text(encoding="utf-8"))
+    return Tolerance(**table[dtype])
+
+
+def stream_plan(budget: int, buffer: int, chunk: int, events: int = MIN_EVENTS) -> list[int]:
+    """Chunk lengths of a verification stream: full and odd prefill chunks, then one token at a time.
+
+    Prefill (chunks of ``chunk`` and of other lengths, cut at each event) up to the second event, then single tokens
+    until ``events`` events have run, and half a ring more.
+    """
+    plan: list[int] = []
+    live, done = 0, 0
+    odd = [chunk, max(1, chunk // 3), max(1, chunk // 2)]
+    while done < 2:
+        size = min(odd[len(plan) % 3], budget + buffer - live)
+        plan.append(size)
+        live += size
+        if live == budget + buffer:
+            live, done = budget, done + 1
+    return plan + [1] * ((events - done) * buffer + max(1, buffer // 2))
+
+
+def compare(
+    reference: Engine,
+    artefact: Engine,
+    tokens: Sequence[int],
+    plan: Sequence[int],
+    score_rel: float,
+    progress: Callable[[int], None] | None = None,
+) -> ParityReport:
+    """Drives both engines over one stream from an empty cache.
+
+    The chunks of ``plan`` longer than 1 come from ``tokens``; single steps are fed the reference's greedy token, so
+    that a late difference is not the echo of an early one. After an undecidable swap the artefact takes over the
+    reference's state.
+
+    Args:
+        reference, artefact: engines of the same model and settings.
+        tokens: at least as many as the plan's leading chunks hold.
+        plan: see :func:`stream_plan`.
+        score_rel: see ``tolerances.yaml``.
+        progress: called with the number of tokens of each call.
+    """
+    report = ParityReport()
+    reference.reset()
+    artefact.reset()
+    feed = iter(tokens)
+    greedy = 0
+    for size in plan:
+        ids = [next(feed) for _ in range(size)] if size > 1 or not report.steps else [greedy]
+        want, got = reference.prefill(ids), artefact.prefill(ids)
+        greedy = int(want.argmax())
+        report.tokens += size
+        report.steps += 1
+        report.greedy_mismatches += int(got.argmax() != greedy)
+        report.max_logit_diff = max(report.max_logit_diff, float(np.abs(want - got).max()))
+        report.max_logit = max(report.max_logit, float(np.abs(want).max()))
+        if reference.room == 0:
+            _compare_event(reference, artefact, score_rel, report)
+        if progress:
+            progress(size)
+    return report
+
+
+def check(report: ParityReport, tolerance: Tolerance, what: str) -> None:
+    """Raises :class:`VerificationError` if the report is not good enough to ship."""
+    limit = tolerance.logits_abs * max(1.0, report.max_logit)
+    faults = []
+    if report.survivor_mismatches:
+        faults.append(f"{report.survivor_mismatches} of {report.survivors} survivors differ")
+    if report.greedy_mismatches:
+        faults.append(f"{report.greedy_mismatches} of {report.steps} greedy tokens differ")
+    if not report.max_logit_diff <= limit:
+        faults.append(f"logits differ by {report.max_logit_diff:.2e}, allowed {limit:.2e}")
+    if report.events < MIN_EVENTS:
+        faults.append(f"only {report.events} eviction events were compared, {MIN_EVENTS} are needed")
+    if faults:
+        raise VerificationError(f"{what} does not agree with the eager model: {'; '.join(faults)}; nothing was written")
+
+
+def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report: ParityReport) -> None:
+    before = reference.state()
+    reference.evict()
+    artefact.evict()
+    want, got = reference.survivors(), artefact.survivors()
+    report.events += 1
+    report.survivors += want.size
+    swapped = False
+    for layer, head in np.ndindex(*want.shape[:2]):
+        lost = np.setdiff1d(want[layer, head], got[layer, head])
+        if lost.size:
+            extra = np.setdiff1d(got[layer, head], want[layer, head])
+            count = _undecidable(before, reference, layer, head, lost, extra, score_rel)
+            report.undecidable += count
+            report.survivor_mismatches += max(lost.size, extra.size) - count
+            swapped = True
+    if swapped:
+        artefact.load_state(reference.state())
+
+
+def _undecidable(
+    before: CacheState, reference: Engine, layer: int, head: int, lost: IntArray, extra: IntArray, score_rel: float
+) -> int:
+    """How many swapped pairs have scores that float32 noise can reorder."""
+    if lost.size != extra.size or not np.isin(extra, before.positions[layer, head]).all():
+        return 0
+    positions = torch.from_numpy(before.positions[layer, head])
+    config = reference.config
+    scores = retention_score(torch.from_numpy(before.log_beta[layer, head]), positions, before.seen, config.lookahead)
+    scores = protect(scores, positions, before.seen, config.sinks, config.recent)
+    by_position = dict(zip(positions.tolist(), scores.tolist(), strict=True))
+    pairs = zip(sorted(by_position[p] for p in lost.tolist()), sorted(by_position[p] for p in extra.tolist()), strict=True)
+    return sum(0 < abs(a - b) <= score_rel * max(abs(a), abs(b)) for a, b in pairs)

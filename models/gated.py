@@ -1,0 +1,62 @@
+"""A frozen decoder with retention gates, driven through an :class:`~trimkv_edge.models.attention.AttentionBackend`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimkv_edge.models.attention import ATTENTION_NAME, BACKEND_KEYWORD, AttentionBackend, attach_gates
+
+
+class GatedModel(nn.Module):
+    """A transformers causal LM whose attention layers carry retention gates.
+
+    Args:
+        base: model of a supported family, its rotary embedding already fixed (see :mod:`trimkv_edge.models.rope`).
+        gates: one gate per layer.
+    """
+
+    def __init__(self, base: PreTrainedModel, gates: nn.ModuleList) -> None:
+        super().__init__()
+        self.base = base
+        self.config = base.config
+        attach_gates([layer.self_attn for layer in base.model.layers], gates)
+        base.config._attn_implementation = ATTENTION_NAME
+        base.config.use_cache = False
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, backend: AttentionBackend, last_only: bool = True) -> Tensor:
+        """Reads a chunk.
+
+        Args:
+            input_ids: int64 ``[batch, T]``.
+            position_ids: int64 ``[batch, T]`` or ``[1, T]``, absolute; independent of where entries are kept.
+            backend: takes each layer's entries and attends.
+            last_only: logits of the last token only.
+
+        Returns:
+            logits ``[batch, 1 or T, vocab_size]``.
+        """
+        out = self.base(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=1 if last_only else 0,
+            **{BACKEND_KEYWORD: backend},
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    @property
+    def head_dim(self) -> int:
+        config = self.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def gates(self) -> list[nn.Module]:
+        return [layer.self_attn.retention_gate for layer in self.base.model.layers]
+
+
+def chunk_positions(start: int | Tensor, count: int) -> Tensor:
+    """Absolute positions ``[1, count]`` of a chunk that begins at ``start``."""
+    return (torch.arange(count, dtype=torch.int64) + start).unsqueeze(0)

@@ -1,0 +1,111 @@
+"""Loads a gated model: base weights from safetensors (or seeded random ones), fixed RoPE, gates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from trimkv_edge.errors import ConfigError, ModelError
+from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.gates import GateShape, load_gates, random_gates
+from trimkv_edge.models.rope import fix_rope
+from trimkv_edge.models.source import ModelSource
+from trimkv_edge.retention import GATE_KINDS
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A gated model and what the manifest records about it."""
+
+    model: GatedModel
+    info: ModelInfo
+    gates: GateInfo
+    rope: RopeInfo
+
+
+def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto", seed: int = 0) -> LoadedModel:
+    """Builds the gated model of ``source`` in float32.
+
+    Args:
+        source: see :func:`trimkv_edge.models.source.find_source`.
+        gates: a ``.safetensors`` file, or a kind (``rg``, ``rg10``) of the model's own gates; None is its first kind.
+            With random weights, kinds without a local file give random gates.
+        rope: LongRoPE factor set, see :func:`trimkv_edge.models.rope.fix_rope`.
+        seed: of random weights and gates.
+
+    Raises:
+        ModelError: weights or gates are missing, damaged or do not fit.
+    """
+    base = _load_base(source, seed)
+    rope_info = fix_rope(base, rope)
+    shape = GateShape.of(source.config)
+    digest = source.weights_sha256()
+    kind, path = choose_gates(source, gates)
+    if path is None:
+        width = min(source.family.gate_intermediate_size, source.config.hidden_size)
+        modules, gate_info = random_gates(kind, shape, width, seed), GateInfo(kind, f"random (seed {seed})", "", width)
+    else:
+        modules, gate_info = load_gates(path, shape, None if source.random_weights else digest)
+    model = GatedModel(base, modules).eval().requires_grad_(False)
+    sizes = source.shape()
+    info = ModelInfo(
+        name=source.name,
+        source=source.origin,
+        family=source.family.name,
+        weights_sha256=digest,
+        random_weights=source.random_weights,
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocab_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        max_position_embeddings=source.config.max_position_embeddings,
+    )
+    return LoadedModel(model, info, gate_info, rope_info)
+
+
+def choose_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | None]:
+    """The gate kind asked for and its file; no file means random gates, which only random weights may have."""
+    if gates is not None and gates not in GATE_KINDS:
+        return "rg", Path(gates)
+    kind = gates or next(iter(source.gates), "rg")
+    known = source.gates.get(kind)
+    if known is not None and Path(known).is_file():
+        return kind, Path(known)
+    if source.random_weights:
+        return kind, None
+    if known is None:
+        have = f"it has {', '.join(source.gates)}" if source.gates else "none are published for it"
+        raise ModelError(f"{source.name} has no {kind!r} gates ({have}): give --gates FILE.safetensors")
+    raise ModelError(
+        f"the published gates of {source.name} ({known}) come as a pickle and cannot be read here: "
+        "convert them to safetensors and give --gates FILE.safetensors"
+    )
+
+
+def _load_base(source: ModelSource, seed: int) -> PreTrainedModel:
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, but must be >= 0")
+    if source.random_weights:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+    hf_logging.disable_progress_bar()
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"weights in {source.folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if report["missing_keys"]:
+        first = sorted(report["missing_keys"])[0]
+        raise ModelError(f"weights in {source.folder} lack {len(report['missing_keys'])} tensors, {first} among them")
+    return base.eval()

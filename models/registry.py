@@ -1,0 +1,152 @@
+"""Families and named models. A name is a hub id, the published gates for it, and its shape for offline work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimkv_edge.errors import ModelError
+from trimkv_edge.models import llama, phi3, qwen3
+from trimkv_edge.models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        llama.FAMILY,
+        phi3.FAMILY,
+        qwen3.FAMILY,
+    )
+}
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model with a short name.
+
+    Attributes:
+        repo: hub id of the base, empty for the model that ships with the package.
+        family: ``model_type``.
+        gates: published gates by kind (``rg``, ``rg10``), hub ids; empty where none were published.
+        shape: arguments of the transformers configuration, as on the hub, for ``--random-weights``.
+    """
+
+    repo: str
+    family: str
+    gates: dict[str, str] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
+
+
+def _phi3(limit: int, **more: Any) -> dict[str, Any]:
+    return dict(
+        vocab_size=32064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=limit,
+        original_max_position_embeddings=4096,
+        pad_token_id=32000,
+        bos_token_id=1,
+        eos_token_id=32000,
+        **more,
+    )
+
+
+def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
+    return dict(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        tie_word_embeddings=tied,
+        bos_token_id=151643,
+        eos_token_id=151645,
+    )
+
+
+def _llama3(hidden: int, inner: int, layers: int, heads: int, head_dim: int, factor: float, tied: bool) -> dict[str, Any]:
+    return dict(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=tied,
+        bos_token_id=128000,
+        eos_token_id=128001,
+    )
+
+
+# Factor values come with the checkpoint; shape work only needs as many as there are frequencies.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 48,
+    "long_factor": [1.0 + 63.0 * i / 47 for i in range(48)],
+}
+
+MODELS: dict[str, NamedModel] = {
+    "tiny": NamedModel("", "qwen3", {"rg": "rg", "rg10": "rg10"}),
+    "phi-3-mini": NamedModel(
+        "microsoft/Phi-3-mini-128k-instruct",
+        "phi3",
+        {"rg": "ngocbh/TrimKV-Phi-3-mini-128k-instruct"},
+        _phi3(131072, rope_parameters=_LONGROPE),
+    ),
+    "phi-3-mini-4k": NamedModel("microsoft/Phi-3-mini-4k-instruct", "phi3", {}, _phi3(4096)),
+    "qwen3-0.6b": NamedModel("Qwen/Qwen3-0.6B", "qwen3", {}, _qwen3(1024, 3072, 28, 16, True)),
+    "qwen3-1.7b": NamedModel(
+        "Qwen/Qwen3-1.7B", "qwen3", {"rg": "ngocbh/TrimKV-Qwen3-1.7B-Math"}, _qwen3(2048, 6144, 28, 16, True)
+    ),
+    "qwen3-4b": NamedModel(
+        "Qwen/Qwen3-4B",
+        "qwen3",
+        {"rg": "ngocbh/TrimKV-Qwen3-4B-Math", "rg10": "ngocbh/DBTrimKV-Qwen3-4B-Math"},
+        _qwen3(2560, 9728, 36, 32, True),
+    ),
+    "qwen3-8b": NamedModel(
+        "Qwen/Qwen3-8B", "qwen3", {"rg": "ngocbh/TrimKV-Qwen3-8B-Math"}, _qwen3(4096, 12288, 36, 32, False)
+    ),
+    "qwen3-14b": NamedModel(
+        "Qwen/Qwen3-14B", "qwen3", {"rg": "ngocbh/TrimKV-Qwen3-14B-Math"}, _qwen3(5120, 17408, 40, 40, False)
+    ),
+    "llama-3.2-1b": NamedModel(
+        "meta-llama/Llama-3.2-1B-Instruct", "llama", {}, _llama3(2048, 8192, 16, 32, 64, 32.0, True)
+    ),
+    "llama-3.2-3b": NamedModel(
+        "meta-llama/Llama-3.2-3B-Instruct", "llama", {}, _llama3(3072, 8192, 28, 24, 128, 32.0, True)
+    ),
+    "r1-distill-llama-8b": NamedModel(
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        "llama",
+        {"rg": "ngocbh/TrimKV-DeepSeek-R1-Distill-Llama-8B"},
+        _llama3(4096, 14336, 32, 32, 128, 8.0, False),
+    ),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a transformers ``model_type``; raises :class:`ModelError` naming the supported ones."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ModelError(f"model type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}")
+    return family

@@ -1,0 +1,136 @@
+"""From what a user calls a model to a folder of weights, or to a shape for random ones."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trimkv_edge.budget import ModelShape
+from trimkv_edge.errors import ModelError
+from trimkv_edge.manifest import file_sha256
+from trimkv_edge.models.family import Family
+from trimkv_edge.models.registry import MODELS, family_of
+
+TINY = Path(__file__).parent / "tiny"
+_WEIGHTS = "model*.safetensors"
+_WANTED = [_WEIGHTS, "*.json", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: what the user typed.
+        origin: hub id, folder, or ``shipped``.
+        folder: weights and tokenizer; None for random weights without a folder.
+        config: transformers configuration.
+        gates: default gate of each kind: file or hub id.
+    """
+
+    name: str
+    origin: str
+    folder: Path | None
+    config: Any
+    family: Family
+    gates: dict[str, str]
+    random_weights: bool
+
+    def shape(self, gate_parameters: int = 0) -> ModelShape:
+        """Sizes that memory depends on; weights are counted without being allocated."""
+        config = self.config
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return ModelShape(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            parameters=parameters + gate_parameters,
+        )
+
+    def weights_sha256(self) -> str:
+        """Hash over the weight files, or over the shape for random weights."""
+        if self.folder is None or self.random_weights:
+            return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        files = sorted(self.folder.glob(_WEIGHTS))
+        if len(files) == 1:
+            return file_sha256(files[0])
+        return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+
+
+def find_source(name: str, weights: Path | None = None, random_weights: bool = False) -> ModelSource:
+    """Resolves a registry name, a local folder or a hub id.
+
+    Args:
+        name: as given to ``--model``.
+        weights: folder that holds the weights of ``name`` (``--weights``).
+        random_weights: no weights are read; the shape comes from the folder's config or the registry.
+
+    Raises:
+        ModelError: nothing usable found; the message says what was looked for and what to give.
+    """
+    entry = MODELS.get(name)
+    given = weights or (Path(name) if entry is None and Path(name).is_dir() else None)
+    if given is None and name == "tiny":
+        gates = {kind: str(TINY / "gates" / f"{file}.safetensors") for kind, file in MODELS["tiny"].gates.items()}
+        return _from_folder(name, "shipped", TINY / "weights", gates, random_weights)
+    if given is not None:
+        if weights is not None and random_weights and not (given / "config.json").is_file():
+            raise ModelError(f"--random-weights with --weights {given} reads its config.json, and there is none")
+        return _from_folder(name, str(given), given, dict(entry.gates) if entry else {}, random_weights)
+    if random_weights and entry is not None:
+        config = AutoConfig.for_model(entry.family, **entry.shape)
+        return ModelSource(name, entry.repo, None, config, family_of(entry.family), dict(entry.gates), True)
+    repo = entry.repo if entry else name
+    folder = _download(name, repo, entry is not None)
+    return _from_folder(name, repo, folder, dict(entry.gates) if entry else {}, random_weights)
+
+
+def _from_folder(name: str, origin: str, folder: Path, gates: dict[str, str], random_weights: bool) -> ModelSource:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no config.json: give a folder with config.json, *.safetensors and tokenizer files"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {_one_line(error)}") from error
+    family = family_of(config.model_type)
+    family.check(config)
+    if not random_weights and not list(folder.glob(_WEIGHTS)):
+        raise ModelError(f"{folder} holds no {_WEIGHTS}: convert the weights to safetensors (pickles are not loaded)")
+    return ModelSource(name, origin, folder, config, family, gates, random_weights)
+
+
+def _download(name: str, repo: str, named: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if not named and (repo.count("/") != 1 or repo.startswith((".", "/"))):
+        raise ModelError(
+            f"--model {name}: no such folder, and not a known name; known names: {', '.join(MODELS)}; "
+            "or give a hub id (owner/name) or a folder"
+        )
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_WANTED, etag_timeout=5))
+    except HFValidationError as error:
+        raise ModelError(f"--model {name}: not a hub id, folder or known name ({_one_line(error)})") from error
+    except Exception as error:  # the hub client's transport errors share no base class
+        also = ", or --random-weights for shape work" if named else ""
+        raise ModelError(
+            f"--model {name}: {repo!r} is neither in the local hub cache nor can it be downloaded now "
+            f"({type(error).__name__}): give --weights DIR, a folder with config.json, *.safetensors and tokenizer files{also}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

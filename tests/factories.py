@@ -1,0 +1,95 @@
+"""Small random models of every family, shared by tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.gates import GateShape, random_gates
+from trimkv_edge.models.rope import fix_rope
+
+VOCAB = 320
+_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_FACTORS = {
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.3 * i for i in range(8)],
+}
+LONGROPE_ORIGINAL = 32
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-gqa": ("qwen3", dict(head_dim=32)),
+    "llama-gqa": ("llama", {}),
+    "llama3-rope": (
+        "llama",
+        dict(
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        ),
+    ),
+    "phi3-mha": ("phi3", dict(num_key_value_heads=4)),
+    "phi3-partial-rotary": (
+        "phi3",
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    ),
+    "phi3-longrope": (
+        "phi3",
+        dict(
+            original_max_position_embeddings=LONGROPE_ORIGINAL,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": LONGROPE_ORIGINAL,
+                **_FACTORS,
+            },
+        ),
+    ),
+}
+
+
+def base_config(case: str, **more: Any) -> Any:
+    """transformers configuration of a case of ``CONFIGS``."""
+    model_type, special = CONFIGS[case]
+    return AutoConfig.for_model(model_type, **{**_COMMON, **special, **more})
+
+
+def base_model(case: str, seed: int = 0) -> PreTrainedModel:
+    """A plain transformers model with seeded random weights, float32, wide enough logits to have clear winners."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(base_config(case), dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model
+
+
+def gated_model(case: str, kind: str = "rg", seed: int = 0, rope: str = "auto") -> GatedModel:
+    """The same weights with random gates whose log-betas are spread."""
+    base = base_model(case, seed)
+    fix_rope(base, rope)
+    return GatedModel(base, random_gates(kind, GateShape.of(base.config), 24, seed)).eval().requires_grad_(False)
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Seeded token ids below ``VOCAB``."""
+    return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,141 @@
+"""Names, folders and hub ids; everything that is missing is said in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from factories import base_config, base_model
+
+from trimkv_edge.errors import ConfigError, ModelError
+from trimkv_edge.models.loading import load_model
+from trimkv_edge.models.registry import MODELS
+from trimkv_edge.models.source import find_source
+
+# Parameters of the published checkpoints, from their model cards, in millions.
+PUBLISHED = {
+    "phi-3-mini": 3821,
+    "phi-3-mini-4k": 3821,
+    "qwen3-0.6b": 596,
+    "qwen3-1.7b": 1721,
+    "qwen3-4b": 4022,
+    "qwen3-8b": 8191,
+    "qwen3-14b": 14768,
+    "llama-3.2-1b": 1236,
+    "llama-3.2-3b": 3213,
+    "r1-distill-llama-8b": 8030,
+}
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_every_named_model_is_listed() -> None:
+    assert set(PUBLISHED) | {"tiny"} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_shapes_have_the_published_size(name: str) -> None:
+    source = find_source(name, random_weights=True)
+    assert round(source.shape().parameters / 1e6) == PUBLISHED[name]
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_message_names_the_ways_out() -> None:
+    with pytest.raises(ModelError) as caught:
+        find_source("phi-3-mini")
+    message = str(caught.value)
+    for part in ("microsoft/Phi-3-mini-128k-instruct", "--weights DIR", "--random-weights", "*.safetensors"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "a/b/c"])
+def test_unknown_name_lists_the_known(name: str) -> None:
+    with pytest.raises(ModelError, match="known names: tiny, phi-3-mini"):
+        find_source(name)
+
+
+def test_folder_round_trip_is_exact(tmp_path: Path) -> None:
+    base = base_model("qwen3-gqa")
+    base.save_pretrained(tmp_path)
+    source = find_source(str(tmp_path))
+    gates = tmp_path / "g.safetensors"
+    from trimkv_edge.models.gates import GateShape, random_gates, save_gates
+
+    save_gates(random_gates("rg", GateShape.of(base.config), 8, 0), gates, {"base_sha256": source.weights_sha256()})
+    loaded = load_model(source, str(gates))
+    assert (loaded.info.family, loaded.info.random_weights, loaded.gates.kind) == ("qwen3", False, "rg")
+    state = loaded.model.base.state_dict()
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(state[name], tensor)
+
+
+def test_folder_without_gates_asks_for_them(tmp_path: Path) -> None:
+    base_model("llama-gqa").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no 'rg' gates .*give --gates FILE"):
+        load_model(find_source(str(tmp_path)))
+
+
+def test_published_gates_that_are_pickles_are_not_loaded(tmp_path: Path) -> None:
+    base_model("qwen3-gqa").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="ngocbh/TrimKV-Qwen3-4B-Math.* pickle"):
+        load_model(find_source("qwen3-4b", weights=tmp_path))
+
+
+def test_random_weights_are_seeded_and_marked(tmp_path: Path) -> None:
+    base_config("phi3-mha").save_pretrained(tmp_path)
+    source = find_source(str(tmp_path), random_weights=True)
+    first, again, other = (load_model(source, "rg10", seed=seed) for seed in (1, 1, 2))
+    assert first.info.random_weights
+    assert first.gates.source == "random (seed 1)"
+    x = first.model.base.lm_head.weight
+    assert torch.equal(x, again.model.base.lm_head.weight)
+    assert not torch.equal(x, other.model.base.lm_head.weight)
+
+
+def test_damaged_and_unsupported_folders(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        find_source("tiny", weights=tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ModelError, match="'gpt2' is not supported; supported families: llama, phi3, qwen3"):
+        find_source(str(tmp_path))
+    config.write_text("{")
+    with pytest.raises(ModelError, match="cannot be used"):
+        find_source(str(tmp_path))
+    base_config("qwen3-gqa").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no model\*\.safetensors"):
+        find_source(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(find_source(str(tmp_path)), str(tmp_path / "g.safetensors"))
+    base_config("qwen3-gqa", use_sliding_window=True, sliding_window=8, max_window_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="sliding-window layers"):
+        find_source(str(tmp_path))
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    base_model("llama-gqa").save_pretrained(tmp_path)
+    base_config("qwen3-gqa").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lack \d+ tensors|cannot be loaded"):
+        load_model(find_source(str(tmp_path)), str(tmp_path / "g.safetensors"))
+
+
+def test_rope_choice_is_checked(tmp_path: Path) -> None:
+    base_config("phi3-longrope").save_pretrained(tmp_path / "long")
+    base_config("llama-gqa").save_pretrained(tmp_path / "plain")
+    long = find_source(str(tmp_path / "long"), random_weights=True)
+    assert load_model(long).rope.variant == "long"
+    short = load_model(long, rope="short").rope
+    assert (short.variant, short.position_limit) == ("short", 32)
+    plain = find_source(str(tmp_path / "plain"), random_weights=True)
+    with pytest.raises(ConfigError, match="needs a LongRoPE model"):
+        load_model(plain, rope="short")
+    with pytest.raises(ConfigError, match="'medium' is not known"):
+        load_model(long, rope="medium")

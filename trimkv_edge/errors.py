@@ -1,0 +1,33 @@
+"""Errors a user can act on. Commands print the message as one line and exit with code 2."""
+
+
+class TrimKVError(Exception):
+    """Base class: the message names what was given, what is allowed and what to do."""
+
+
+class ConfigError(TrimKVError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class BudgetError(ConfigError):
+    """A budget cannot be honoured (too small for one chunk, or larger than the memory at hand)."""
+
+
+class ModelError(TrimKVError):
+    """A model, its weights, its tokenizer or its gates are missing, unsupported or do not fit together."""
+
+
+class ArtefactError(TrimKVError):
+    """An artefact folder is missing, damaged, or of a schema this version does not read."""
+
+
+class PositionLimitError(TrimKVError):
+    """The stream would pass the last position at which the artefact's results are right."""
+
+
+class StateError(TrimKVError):
+    """A cache state does not fit the engine, or a step was asked for at a moment it is not allowed."""
+
+
+class VerificationError(TrimKVError):
+    """An exported artefact does not agree with the eager model it was made from."""

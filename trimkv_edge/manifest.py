@@ -1,0 +1,192 @@
+"""``manifest.json`` of an artefact: versioned, validated, readable without torch (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from trimkv_edge.config import POSITION_LIMIT, CacheConfig
+from trimkv_edge.errors import ArtefactError, TrimKVError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The source model. ``weights_sha256`` is over the safetensors files; ``random_weights`` marks shape work."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    source: str
+    family: str
+    weights_sha256: str
+    random_weights: bool
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    parameters: int
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class GateInfo:
+    """The retention gates. ``sha256`` is of the gate file, empty for random gates."""
+
+    __pydantic_config__ = _STRICT
+    kind: str
+    source: str
+    sha256: str
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class RopeInfo:
+    """``variant``: ``default``, ``short`` or ``long`` (LongRoPE factor set). ``position_limit``: first refused position."""
+
+    __pydantic_config__ = _STRICT
+    variant: str = "default"
+    position_limit: int = POSITION_LIMIT
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """``vocab_size`` is the tokenizer's own (at most the model's)."""
+
+    __pydantic_config__ = _STRICT
+    vocab_size: int
+    eos_token_ids: list[int]
+    bos_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class ByteInfo:
+    """Exact cache and weight bytes, estimated peak bytes of a process that runs the artefact."""
+
+    __pydantic_config__ = _STRICT
+    cache: int
+    weights: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    __pydantic_config__ = _STRICT
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """One exported form. ``files`` maps a role (``program``, ``decoder``, ``evict``) to a file of the folder."""
+
+    __pydantic_config__ = _STRICT
+    engine: str
+    ops: str
+    files: dict[str, str]
+    parity: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime has to know before it loads an artefact."""
+
+    __pydantic_config__ = _STRICT
+    schema_version: int
+    model: ModelInfo
+    gates: GateInfo
+    cache: CacheConfig
+    rope: RopeInfo
+    tokenizer: TokenizerInfo | None
+    dtype: str
+    quantization: str
+    bytes: ByteInfo
+    targets: dict[str, Target]
+    files: dict[str, FileInfo]
+    tools: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Writes ``manifest.json`` atomically."""
+        path = folder / MANIFEST_FILE
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def load_manifest(folder: Path, *, verify_files: bool = True) -> Manifest:
+    """Reads and checks an artefact's manifest.
+
+    Args:
+        folder: the artefact.
+        verify_files: also compare size and sha256 of every listed file.
+
+    Raises:
+        ArtefactError: no such folder, no or broken manifest, unknown schema version, missing or changed file.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise ArtefactError(f"no artefact at {folder}: give the folder that trimkv-export made")
+    if not path.is_file():
+        raise ArtefactError(f"{folder} holds no {MANIFEST_FILE}: give the folder that trimkv-export made")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read as JSON ({error}): export the artefact again") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{path} has schema version {version!r}, but this trimkv-edge reads version {SCHEMA_VERSION}: "
+            "install the version that made it, or export again"
+        )
+    try:
+        manifest = _ADAPTER.validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{path} is not valid at {where!r}: {first['msg']}") from error
+    except TrimKVError as error:
+        raise ArtefactError(f"{path} is not valid: {error}") from error
+    if verify_files:
+        for name, info in manifest.files.items():
+            check_file(folder / name, info)
+    return manifest
+
+
+def check_file(path: Path, info: FileInfo) -> None:
+    """Compares a file with its manifest entry; raises :class:`ArtefactError` if it is missing or differs."""
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing: export the artefact again or copy the whole folder")
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise ArtefactError(f"{path} has {size} bytes, but the manifest says {info.bytes}: copy or export it again")
+    digest = file_sha256(path)
+    if digest != info.sha256:
+        raise ArtefactError(f"{path} has sha256 {digest[:12]}..., but the manifest says {info.sha256[:12]}...: it was changed")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, FileInfo]:
+    """Size and sha256 of every file in ``folder`` except the manifest."""
+    return {
+        str(path.relative_to(folder)): FileInfo(file_sha256(path), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
