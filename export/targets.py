@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimkv_edge.models.gated import GatedModel
+
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.manifest import Target, TokenizerInfo
-from trimkv_edge.models.gated import GatedModel
 
 ExportFn = Callable[[GatedModel, CacheConfig, Path, str, TokenizerInfo | None], Target]
 
@@ -78,5 +79,7 @@ def check_ops(targets: Sequence[str], ops: Sequence[str]) -> dict[str, str]:
     unused = [op for op in ops if op not in chosen.values()]
     if unused or not chosen:
         allowed = "; ".join(f"{name}: {', '.join(spec.ops)}" for name, spec in TARGETS.items())
-        raise ConfigError(f"operator set {', '.join(unused) or '(no target)'} fits no chosen target; they are {allowed}")
+        raise ConfigError(
+            f"operator set {', '.join(unused) or '(no target)'} fits no chosen target; they are {allowed}"
+        )
     return chosen

@@ -167,5 +167,7 @@ def _undecidable(
     scores = retention_score(torch.from_numpy(before.log_beta[layer, head]), positions, before.seen, config.lookahead)
     scores = protect(scores, positions, before.seen, config.sinks, config.recent)
     by_position = dict(zip(positions.tolist(), scores.tolist(), strict=True))
-    pairs = zip(sorted(by_position[p] for p in lost.tolist()), sorted(by_position[p] for p in extra.tolist()), strict=True)
+    pairs = zip(
+        sorted(by_position[p] for p in lost.tolist()), sorted(by_position[p] for p in extra.tolist()), strict=True
+    )
     return sum(0 < abs(a - b) <= score_rel * max(abs(a), abs(b)) for a, b in pairs)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from trimkv_edge.models.gated import GatedModel, chunk_positions
 
 from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
-from trimkv_edge.models.gated import GatedModel, chunk_positions
 
 
 class EagerEngine(Engine):
@@ -54,7 +54,9 @@ class EagerEngine(Engine):
         key, value = (torch.cat(rows).float().numpy() for rows in (self.cache.key, self.cache.value))
         return key, value, self.cache.log_beta[0].numpy()
 
-    def _write(self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int) -> None:
+    def _write(
+        self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
+    ) -> None:
         cache = self.cache
         for layer in range(self.num_layers):
             cache.key[layer][0] = torch.from_numpy(key[layer])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
 from trimkv_edge.models.attention import ATTENTION_NAME, BACKEND_KEYWORD, AttentionBackend, attach_gates
 
 
@@ -25,7 +24,9 @@ class GatedModel(nn.Module):
         base.config._attn_implementation = ATTENTION_NAME
         base.config.use_cache = False
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, backend: AttentionBackend, last_only: bool = True) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, backend: AttentionBackend, last_only: bool = True
+    ) -> Tensor:
         """Reads a chunk.
 
         Args:

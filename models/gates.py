@@ -82,7 +82,9 @@ def load_gates(path: Path, shape: GateShape, base_sha256: str | None = None) -> 
         raise ModelError(f"{path} is not a readable safetensors file ({error})") from error
     layers = _by_layer(tensors, path)
     if sorted(layers) != list(range(shape.num_layers)):
-        raise ModelError(f"{path} has gates for {len(layers)} layers, but the model has {shape.num_layers}: wrong gates")
+        raise ModelError(
+            f"{path} has gates for {len(layers)} layers, but the model has {shape.num_layers}: wrong gates"
+        )
     kind = "rg10" if "linear3.weight" in layers[0] else "rg"
     width = layers[0]["linear1.weight"].shape[0] if "linear1.weight" in layers[0] else 0
     gates = build_gates(kind, shape.num_layers, shape.hidden_size, shape.num_kv_heads, max(width, 1), shape.act)
@@ -90,10 +92,14 @@ def load_gates(path: Path, shape: GateShape, base_sha256: str | None = None) -> 
         expected = {name: tuple(tensor.shape) for name, tensor in gate.state_dict().items()}
         given = {name: tuple(tensor.shape) for name, tensor in layers[layer].items()}
         if given != expected:
-            raise ModelError(f"{path}, layer {layer}: gate tensors {given} do not fit the model, which needs {expected}")
+            raise ModelError(
+                f"{path}, layer {layer}: gate tensors {given} do not fit the model, which needs {expected}"
+            )
         for name in _SHARED if kind == "rg10" else ():
             if not torch.equal(layers[layer][name], layers[0][name]):
-                raise ModelError(f"{path}: {name} must be shared by all layers, but layer {layer}'s copy differs from layer 0's")
+                raise ModelError(
+                    f"{path}: {name} must be shared by all layers, but layer {layer}'s copy differs from layer 0's"
+                )
         gate.load_state_dict({name: tensor.float() for name, tensor in layers[layer].items()})
     recorded = _recorded_base(path)
     if base_sha256 and recorded and recorded != base_sha256:

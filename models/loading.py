@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
-
-from trimkv_edge.errors import ConfigError, ModelError
-from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, random_gates
 from trimkv_edge.models.rope import fix_rope
 from trimkv_edge.models.source import ModelSource
+
+from trimkv_edge.errors import ConfigError, ModelError
+from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
 from trimkv_edge.retention import GATE_KINDS
 
 
@@ -99,8 +100,9 @@ def _load_base(source: ModelSource, seed: int) -> PreTrainedModel:
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
     hf_logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
     try:
-        base, report = AutoModelForCausalLM.from_pretrained(
+        base, report = loader.from_pretrained(
             source.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

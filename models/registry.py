@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimkv_edge.errors import ModelError
 from trimkv_edge.models import llama, phi3, qwen3
 from trimkv_edge.models.family import Family
+
+from trimkv_edge.errors import ModelError
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -70,7 +71,9 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> dict
     )
 
 
-def _llama3(hidden: int, inner: int, layers: int, heads: int, head_dim: int, factor: float, tied: bool) -> dict[str, Any]:
+def _llama3(
+    hidden: int, inner: int, layers: int, heads: int, head_dim: int, factor: float, tied: bool
+) -> dict[str, Any]:
     return dict(
         vocab_size=128256,
         hidden_size=hidden,

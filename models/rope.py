@@ -37,7 +37,9 @@ def fix_rope(base: Any, choice: str = "auto") -> RopeInfo:
     rotary = base.model.rotary_emb
     if rotary.rope_type != "longrope":
         if choice != "auto":
-            raise ConfigError(f"rope variant {choice!r} needs a LongRoPE model; this one uses {rotary.rope_type!r}: drop --rope")
+            raise ConfigError(
+                f"rope variant {choice!r} needs a LongRoPE model; this one uses {rotary.rope_type!r}: drop --rope"
+            )
         if rotary.rope_type not in _STATIC_TYPES:
             raise ModelError(
                 f"rope type {rotary.rope_type!r} changes with the length and is not supported; "
@@ -47,7 +49,9 @@ def fix_rope(base: Any, choice: str = "auto") -> RopeInfo:
     original = int(base.config.rope_parameters["original_max_position_embeddings"])
     variant = "short" if choice == "short" else "long"
     length = original if variant == "short" else original + 1
-    inv_freq, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](base.config, rotary.inv_freq.device, seq_len=length)
+    inv_freq, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
+        base.config, rotary.inv_freq.device, seq_len=length
+    )
     rotary.inv_freq.copy_(inv_freq)
     # Any other name keeps transformers from choosing again in each forward pass.
     rotary.rope_type = f"longrope-{variant}"

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from trimkv_edge.models.family import Family
+from trimkv_edge.models.registry import MODELS, family_of
 
 from trimkv_edge.budget import ModelShape
 from trimkv_edge.errors import ModelError
 from trimkv_edge.manifest import file_sha256
-from trimkv_edge.models.family import Family
-from trimkv_edge.models.registry import MODELS, family_of
 
 TINY = Path(__file__).parent / "tiny"
 _WEIGHTS = "model*.safetensors"

@@ -1,0 +1,1 @@
+"""Running artefacts: numpy and one engine, no torch and no transformers."""

@@ -70,7 +70,7 @@ def parse_budget(text: str, shape: ModelShape, buffer: int, dtype: str) -> int:
         ConfigError: not a number of entries or a size.
         BudgetError: the bytes do not hold the ring and one kept entry.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(I?B)?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?)(I?B)?\s*", text.upper(), re.ASCII)
     if not match or (not match[2] and not match[3] and "." in match[1]):
         raise ConfigError(f"budget {text!r} is neither entries per head (512) nor a size (64MB, 1.5GB)")
     if not match[2] and not match[3]:

@@ -37,7 +37,14 @@ class CacheConfig:
     lookahead: int = 1
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1), ("buffer", 1), ("prefill_chunk", 1), ("sinks", 0), ("recent", 0), ("lookahead", 1)):
+        for name, low in (
+            ("budget", 1),
+            ("buffer", 1),
+            ("prefill_chunk", 1),
+            ("sinks", 0),
+            ("recent", 0),
+            ("lookahead", 1),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name} is {value!r}, but must be an integer >= {low}")

@@ -174,7 +174,9 @@ def check_file(path: Path, info: FileInfo) -> None:
         raise ArtefactError(f"{path} has {size} bytes, but the manifest says {info.bytes}: copy or export it again")
     digest = file_sha256(path)
     if digest != info.sha256:
-        raise ArtefactError(f"{path} has sha256 {digest[:12]}..., but the manifest says {info.sha256[:12]}...: it was changed")
+        raise ArtefactError(
+            f"{path} has sha256 {digest[:12]}..., but the manifest says {info.sha256[:12]}...: it was changed"
+        )
 
 
 def file_sha256(path: Path) -> str:

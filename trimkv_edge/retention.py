@@ -123,12 +123,8 @@ def retention_score(log_beta: Tensor, positions: Tensor, seen: Tensor | int, loo
     if lookahead == 1:
         return log_beta * (seen + 1 - positions).to(torch.float32)
     age = (seen + 2 - positions).to(torch.float32)
-    gain = _log1mexp(lookahead * log_beta) - _log1mexp(log_beta)
+    # One quotient: the difference of the two logs (each near log|lb|) would cost the ranking of betas near 1.
+    gain = torch.log(torch.expm1(lookahead * log_beta) / torch.expm1(log_beta))
     # At beta = 1 the geometric sum is k; for betas that round to it the quotient would be 0/0.
     gain = torch.where(log_beta > -1e-30, torch.log(torch.tensor(float(lookahead))), gain)
     return age * log_beta + gain
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for x < 0 without cancellation."""
-    return torch.where(x > -0.6931472, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -1,0 +1,89 @@
+"""Which engines there are, and how to open one for an artefact.
+
+A new engine is one file with a subclass of :class:`trimkv_edge.engine.Engine` and one line in ``ENGINES``. Its
+constructor takes ``(folder: Path, manifest: Manifest, target: Target, threads: int | None)`` and raises
+:class:`~trimkv_edge.errors.ArtefactError` for a file that it cannot read.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from trimkv_edge.runtime.artefact import Artefact
+
+from trimkv_edge.engine import Engine
+from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
+
+
+class EngineEntry(NamedTuple):
+    """``module:Class`` of an engine and the packages it needs; the extra that installs them has the engine's name."""
+
+    path: str
+    packages: tuple[str, ...]
+
+
+ENGINES = {
+    "onnx": EngineEntry("trimkv_edge.runtime.engines.onnx:OnnxEngine", ("onnxruntime",)),
+    "executorch": EngineEntry("trimkv_edge.runtime.engines.executorch:ExecuTorchEngine", ("executorch", "torch")),
+}
+
+
+def missing_packages(name: str) -> list[str]:
+    """Packages that engine ``name`` needs and that are not installed."""
+    return [package for package in ENGINES[name].packages if find_spec(package) is None]
+
+
+def choose_engine(artefact: Artefact, name: str | None = None) -> str:
+    """``name`` if it can run the artefact; without a name, the artefact's first target whose engine is installed.
+
+    Raises:
+        ConfigError: unknown name.
+        ArtefactError: the artefact has no target for it.
+        TrimKVError: its package is not installed.
+    """
+    targets = list(artefact.manifest.targets)
+    if name is not None and name not in ENGINES:
+        raise ConfigError(f"engine {name!r} is not known; use one of {', '.join(ENGINES)}")
+    if name is not None and name not in targets:
+        raise ArtefactError(
+            f"{artefact.folder} has no {name} target, only {', '.join(targets) or 'none'}: "
+            f"choose one of those or export again with --target {name}"
+        )
+    known = [target for target in targets if target in ENGINES]
+    if not known:
+        raise ArtefactError(
+            f"{artefact.folder} has targets {', '.join(targets) or 'none'}, "
+            f"but this trimkv-edge runs {', '.join(ENGINES)}: export it again"
+        )
+    wanted = known if name is None else [name]
+    for candidate in wanted:
+        if not missing_packages(candidate):
+            return candidate
+    lacking = "; ".join(f"{engine} needs {', '.join(missing_packages(engine))}" for engine in wanted)
+    raise TrimKVError(
+        f"no engine for {artefact.folder} is installed ({lacking}): pip install 'trimkv-edge[{wanted[0]}]'"
+    )
+
+
+def load_engine(artefact: Artefact, name: str | None = None, threads: int | None = None) -> Engine:
+    """Opens an engine with an empty cache.
+
+    Args:
+        artefact: from :meth:`Artefact.load`.
+        name: a key of ``ENGINES``; default: the first target whose engine is installed.
+        threads: threads of the engine; default: its own choice.
+
+    Raises:
+        BudgetError: the artefact needs more memory than is available; nothing was loaded.
+        TrimKVError: as :func:`choose_engine`; also a model file that the engine cannot read.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads is {threads}, but must be at least 1")
+    chosen = choose_engine(artefact, name)
+    artefact.check_fits()
+    module, _, attribute = ENGINES[chosen].path.partition(":")
+    engine_class = getattr(import_module(module), attribute)
+    engine: Engine = engine_class(artefact.folder, artefact.manifest, artefact.manifest.targets[chosen], threads)
+    return engine

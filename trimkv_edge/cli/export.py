@@ -41,22 +41,52 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME|ID|DIR", help="a known name (tiny, phi-3-mini, qwen3-4b, ...), a hub id or a folder")
+    add(
+        "--model",
+        required=True,
+        metavar="NAME|ID|DIR",
+        help="a known name (tiny, phi-3-mini, qwen3-4b, ...), a hub id or a folder",
+    )
     add("-o", "--output", type=Path, metavar="DIR", help="artefact folder to make (default: artefacts/NAME)")
-    add("--budget", default="512", metavar="N|SIZE", help="entries per KV head, or bytes of the whole cache (64MB); default 512")
-    add("--buffer", type=int, default=128, metavar="B", help="ring buffer: tokens between eviction events (default 128)")
-    add("--prefill-chunk", type=int, metavar="T", help="most tokens per prefill call, at most the buffer (default: min(128, buffer))")
+    add(
+        "--budget",
+        default="512",
+        metavar="N|SIZE",
+        help="entries per KV head, or bytes of the whole cache (64MB); default 512",
+    )
+    add(
+        "--buffer", type=int, default=128, metavar="B", help="ring buffer: tokens between eviction events (default 128)"
+    )
+    add(
+        "--prefill-chunk",
+        type=int,
+        metavar="T",
+        help="most tokens per prefill call, at most the buffer (default: min(128, buffer))",
+    )
     add("--policy", default="per-head", help="eviction policy (default per-head: each KV head keeps its best)")
     add("--sinks", type=int, default=0, metavar="N", help="first tokens of the stream that never leave (default 0)")
     add("--recent", type=int, default=0, metavar="N", help="newest tokens that never leave (default 0)")
     add("--target", nargs="+", default=["executorch", "onnx"], metavar="T", help="executorch, onnx (default: both)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")
-    add("--onnx-ops", metavar="OPS", help="gqa (default, ONNX Runtime's fused attention) or standard (plain ONNX operators)")
+    add(
+        "--onnx-ops",
+        metavar="OPS",
+        help="gqa (default, ONNX Runtime's fused attention) or standard (plain ONNX operators)",
+    )
     add("--gates", metavar="KIND|FILE", help="rg or rg10 of the model's own gates, or a .safetensors file")
     add("--dtype", default="float32", help="float32")
     add("--rope", default="auto", help="LongRoPE models: short, long or auto (= long)")
-    add("--weights", type=Path, metavar="DIR", help="folder with the weights of --model (config.json, *.safetensors, tokenizer)")
-    add("--random-weights", action="store_true", help="no weights: seeded random ones, for shape work; recorded in the manifest")
+    add(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="folder with the weights of --model (config.json, *.safetensors, tokenizer)",
+    )
+    add(
+        "--random-weights",
+        action="store_true",
+        help="no weights: seeded random ones, for shape work; recorded in the manifest",
+    )
     add("--seed", type=int, default=0, help="seed of random weights")
     add("--force", action="store_true", help="replace the output folder if it exists")
     add("--dry-run", action="store_true", help="print the estimate and stop")

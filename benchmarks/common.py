@@ -1,0 +1,97 @@
+"""What every benchmark shares: exporting a case, describing the machine, storing results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export, tool_versions
+from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.engines import load_engine
+
+from trimkv_edge.engine import Engine
+
+RESULTS = Path(__file__).parent / "results"
+ENGINES = ("executorch", "onnx")
+
+
+def parser(description: str, name: str) -> argparse.ArgumentParser:
+    """Options that all benchmarks have; ``--output`` is where the JSON goes."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--output", type=Path, default=RESULTS / f"{name}.json")
+    options.add_argument("--threads", type=int, default=1, help="threads of each engine (default 1: least noise)")
+    return options
+
+
+@contextmanager
+def exported(**settings: Any) -> Iterator[Path]:
+    """A verified artefact in a temporary folder; ``settings`` are those of :class:`ExportRequest`."""
+    with tempfile.TemporaryDirectory() as folder:
+        request = replace(ExportRequest(model="tiny", output=Path(folder) / "artefact"), **settings)
+        run_export(plan_export(request), lambda line: None)
+        yield request.output
+
+
+def open_engine(folder: Path, name: str, threads: int | None) -> Engine:
+    """An engine of an artefact; engines that cannot set their thread count run with their own."""
+    artefact = Artefact.load(folder, verify=False)
+    return load_engine(artefact, name, threads if name == "onnx" else None)
+
+
+def feed(engine: Engine, tokens: Iterable[int], evict: Callable[[Engine], None] = Engine.evict) -> None:
+    """Reads tokens in the largest chunks that fit, running events as they fall due."""
+    pending = list(tokens)
+    while pending:
+        size = min(engine.room, engine.config.prefill_chunk, len(pending))
+        engine.prefill(pending[:size])
+        del pending[:size]
+        if engine.room == 0:
+            evict(engine)
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def save(path: Path, name: str, results: Any) -> None:
+    """Stores results with the machine, the versions and the date."""
+    record = {
+        "benchmark": name,
+        "date": date.today().isoformat(),
+        "machine": {
+            "processor": _processor(),
+            "cores": psutil.cpu_count(logical=False),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30),
+            "python": platform.python_version(),
+        },
+        "versions": tool_versions(),
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"stored {path}")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,173 @@
+"""The ExecuTorch target: ``model.pte``, one program whose methods share the cache's mutable buffers.
+
+================= ============================================================ =======================================
+``forward``       input_ids int64 [1, T], position int64 [1], live int64 [1]   logits float32 [1, 1, vocabulary]
+``evict``         seen int64 [1]                                               the eviction event; returns ``seen``
+``reset``                                                                      run once after loading, and per stream
+``read_kept``                                                                  positions of the kept prefix
+``write_kept``    as read                                                      replaces them
+``read_state``    start int64 [1]                                              a block of slots, every layer
+``write_state``   start, as read                                               replaces it
+================= ============================================================ =======================================
+
+T is the only dynamic size. All methods that a runner uses must be loaded before the first runs. Facts about the model
+are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids``, ...) and ``get_trimkv_*``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from trimkv_edge.config import POSITION_LIMIT, CacheConfig
+from trimkv_edge.errors import ConfigError
+from trimkv_edge.export.executorch_attention import CacheMethod, Forward
+from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, PortableCache
+from trimkv_edge.manifest import Target
+from trimkv_edge.models.gated import GatedModel
+
+PROGRAM = "model.pte"
+CACHES: dict[str, type[ExportCache]] = {"xnnpack": LlamaCache, "portable": PortableCache}
+
+
+def export_executorch(
+    model: GatedModel,
+    config: CacheConfig,
+    folder: Path,
+    *,
+    ops: str = "xnnpack",
+    metadata: dict[str, int | list[int]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Target:
+    """Writes ``model.pte`` into ``folder``, through a temporary name.
+
+    Args:
+        model: float32, on the CPU.
+        config: cache settings; they are constants of the program.
+        folder: the artefact; made if missing.
+        ops: ``xnnpack`` (XNNPACK delegate and ExecuTorch's llama operators) or ``portable`` (core kernels only).
+        metadata: more constant methods, such as ``get_eos_ids``.
+        progress: called with one line per stage.
+
+    Raises:
+        ConfigError: unknown ``ops``, or a setting that this target does not export.
+    """
+    program = build_program(model, config, ops=ops, metadata=metadata, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{PROGRAM}.tmp"
+    try:
+        with temporary.open("wb") as stream:
+            program.write_to_file(stream)
+        os.replace(temporary, folder / PROGRAM)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Target("executorch", ops, {"program": PROGRAM})
+
+
+def build_program(
+    model: GatedModel,
+    config: CacheConfig,
+    *,
+    ops: str = "xnnpack",
+    metadata: dict[str, int | list[int]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Any:
+    """The program before it is saved, an ``ExecutorchProgramManager``; arguments as for :func:`export_executorch`."""
+    if ops not in CACHES:
+        raise ConfigError(f"executorch operators {ops!r} are not known; use one of {', '.join(CACHES)}")
+    if config.lookahead != 1:
+        raise ConfigError(f"lookahead {config.lookahead} cannot be exported to executorch yet: use lookahead 1")
+    if config.policy != "per-head":
+        raise ConfigError(f"policy {config.policy!r} cannot be exported to executorch yet: use per-head")
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes import MemoryPlanningPass
+
+    say = progress or (lambda _: None)
+    shape = model.config
+    if ops == "xnnpack":
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the operators)
+    cache = CACHES[ops](config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
+    say("executorch: graphs")
+    programs = trace_methods(model.eval(), cache)
+    say("executorch: lowering")
+    lowered = to_edge_transform_and_lower(
+        programs,
+        partitioner={name: _partitioners(ops) if name == "forward" else [] for name in programs},
+        constant_methods=_constants(model, config, metadata or {}),
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+    )
+    say("executorch: program")
+    return lowered.to_executorch(
+        ExecutorchBackendConfig(
+            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+            emit_mutable_buffer_names=True,
+        )
+    )
+
+
+def trace_methods(model: GatedModel, cache: ExportCache) -> dict[str, ExportedProgram]:
+    """``torch.export`` of every method over one cache."""
+    config = cache.config
+    number = torch.zeros(1, dtype=torch.int64)
+    chunk = min(config.prefill_chunk, 3)
+    tokens = {1: Dim("T", min=1, max=config.prefill_chunk)} if chunk > 1 else None
+    with torch.no_grad():
+        block = tuple(table.clone() for table in cache.read_state(number))
+        arguments: dict[str, tuple[Tensor, ...]] = {
+            "evict": (number,),
+            "reset": (),
+            "read_kept": (),
+            "write_kept": (cache.kept.clone(),),
+            "read_state": (number,),
+            "write_state": (number, *block),
+        }
+        programs = {
+            "forward": export(
+                Forward(model, cache),
+                (torch.zeros(1, chunk, dtype=torch.int64), number, number.clone()),
+                dynamic_shapes=(tokens, None, None),
+                strict=False,
+            )
+        }
+        for name, args in arguments.items():
+            programs[name] = export(_method(cache, name), args, strict=False)
+    return programs
+
+
+def _method(cache: ExportCache, name: str) -> nn.Module:
+    return CacheMethod(cache, name)
+
+
+def _partitioners(ops: str) -> list[Any]:
+    if ops == "portable":
+        return []
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    return [XnnpackPartitioner()]
+
+
+def _constants(model: GatedModel, config: CacheConfig, more: dict[str, int | list[int]]) -> dict[str, Any]:
+    shape = model.config
+    return {
+        "get_vocab_size": shape.vocab_size,
+        "get_n_layers": shape.num_hidden_layers,
+        "get_head_dim": model.head_dim,
+        "get_n_kv_heads": shape.num_key_value_heads,
+        "get_max_seq_len": config.prefill_chunk,
+        "get_max_context_len": POSITION_LIMIT,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": False,
+        "enable_dynamic_shape": config.prefill_chunk > 1,
+        "get_trimkv_budget": config.budget,
+        "get_trimkv_buffer": config.buffer,
+        "get_trimkv_prefill_chunk": config.prefill_chunk,
+        "get_trimkv_sinks": config.sinks,
+        "get_trimkv_recent": config.recent,
+        **more,
+    }

@@ -1,0 +1,150 @@
+"""The ONNX target: ``decoder.onnx`` (a chunk of tokens over the bounded cache) and ``evict.onnx`` (the event).
+
+State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a runtime may bind one buffer to both:
+
+============== ======================================= ====================================================
+``{i}.key``    float32 ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
+``log_beta``   float32 ``[M + B, layers * kv_heads]``    column = layer * kv_heads + head; one write per step
+``positions``  int64 ``[layers * kv_heads, M]``          of the kept prefix; evict only (the ring's follow from ``seen``)
+============== ======================================= ====================================================
+
+The decoder also reads ``input_ids`` int64 ``[1, T]``, ``position`` int64 ``[1]`` (of the first token) and
+``live_length`` int64 ``[1]``, and gives ``logits`` float32 ``[1, 1, vocabulary]``. T is its only dynamic axis.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops as onnx_ops
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.errors import ConfigError, VerificationError
+from trimkv_edge.export.onnx_attention import BACKENDS, OnnxAttention
+from trimkv_edge.export.onnx_evict import evict_model
+from trimkv_edge.export.onnx_lint import lint, lint_standard
+from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
+from trimkv_edge.export.onnx_rotary import fused_rotary
+from trimkv_edge.export.onnx_trace import trace
+from trimkv_edge.manifest import Target
+from trimkv_edge.models.gated import GatedModel, chunk_positions
+
+DECODER, DECODER_DATA, EVICT = "decoder.onnx", "decoder.onnx.data", "evict.onnx"
+# 18 is the lowest opset that torch's exporter writes natively and has every operator used here, so the standard variant
+# loads in any runtime that knows plain ONNX operators; 20 is what GroupQueryAttention was verified with.
+_OPSETS = {"gqa": 20, "standard": 18}
+
+
+def export_onnx(
+    model: GatedModel,
+    config: CacheConfig,
+    folder: Path,
+    *,
+    ops: str = "gqa",
+    progress: Callable[[str], None] | None = None,
+) -> Target:
+    """Writes ``decoder.onnx``, its external data and ``evict.onnx`` into ``folder``, each through a temporary name.
+
+    Args:
+        model: float32, on the CPU.
+        config: cache settings; they are constants of the graphs.
+        folder: the artefact; made if missing.
+        ops: ``gqa`` (``com.microsoft::GroupQueryAttention``, fastest in ONNX Runtime) or ``standard`` (operators of the
+            ONNX domain only).
+        progress: called with one line per stage.
+
+    Raises:
+        ConfigError: unknown ``ops``, or a setting that this target does not export (look-ahead).
+        VerificationError: a graph is not safe to run in place.
+    """
+    if ops not in BACKENDS:
+        raise ConfigError(f"onnx operators {ops!r} are not known; use one of {', '.join(BACKENDS)}")
+    say = progress or (lambda _: None)
+    shape = model.config
+    check = lint_standard if ops == "standard" else lint
+    say("onnx: evict graph")
+    evict = evict_model(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
+    _require_safe(EVICT, lint_standard(evict))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as temporary:
+        # Same file names in another folder: the decoder names its data file relative to itself.
+        work = Path(temporary)
+        say("onnx: decoder graph")
+        _save_decoder(model, config, ops, work / DECODER, say)
+        decoder = onnx.load(work / DECODER, load_external_data=False)
+        clean(decoder)
+        divide_by_roots(decoder)
+        onnx.save(decoder, work / DECODER)
+        onnx.save(evict, work / EVICT)
+        say("onnx: checks")
+        onnx.checker.check_model(work / DECODER)
+        _require_safe(DECODER, check(decoder))
+        for name in (DECODER_DATA, DECODER, EVICT):
+            os.replace(work / name, folder / name)
+    return Target("onnx", ops, {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT})
+
+
+class _Decoder(nn.Module):
+    """A step as a pure function of the cache, for tracing."""
+
+    def __init__(self, model: GatedModel, attention: type[OnnxAttention]) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+
+    def forward(
+        self, input_ids: Tensor, position: Tensor, live_length: Tensor, log_beta: Tensor, cache: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        count = input_ids.shape[1]
+        backend = self.attention(cache[0::2], cache[1::2], live_length, count)
+        logits = self.model(input_ids, chunk_positions(position, count), backend)
+        rows = torch.cat(backend.log_betas, dim=-1)[0]
+        written = onnx_ops.symbolic(
+            "ScatterND", (log_beta, backend.slots[:, None], rows), dtype=torch.float32, shape=log_beta.shape, version=18
+        )
+        pairs = zip(backend.keys, backend.values, strict=True)
+        return (logits, written, *(tensor for pair in pairs for tensor in pair))
+
+
+def _save_decoder(model: GatedModel, config: CacheConfig, ops: str, path: Path, say: Callable[[str], None]) -> None:
+    shape = model.config
+    layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
+    names = ["log_beta", *(f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value"))]
+    number = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1)
+    chunk = min(config.prefill_chunk, 3)
+    args = (
+        torch.zeros(1, chunk, dtype=torch.int64),
+        number,
+        number.clone(),
+        # Expanded: tracing needs shapes, not gigabytes.
+        zero.expand(config.slots, layers * heads),
+        [zero.expand(1, heads, config.slots, model.head_dim) for _ in range(2 * layers)],
+    )
+    tokens = {1: torch.export.Dim("T", min=1, max=config.prefill_chunk)} if chunk > 1 else None
+    dynamic = {"position": None, "live_length": None, "log_beta": None, "cache": [None] * (2 * layers)}
+    with fused_rotary(model) if ops == "gqa" else nullcontext():
+        program = trace(
+            _Decoder(model.eval(), BACKENDS[ops]),
+            args,
+            ["input_ids", "position", "live_length", *(f"past.{name}" for name in names)],
+            ["logits", *(f"present.{name}" for name in names)],
+            _OPSETS[ops],
+            {"input_ids": tokens, **dynamic},
+        )
+    say("onnx: decoder file")
+    program.save(path, external_data=True)
+
+
+def _require_safe(name: str, findings: list[str]) -> None:
+    if findings:
+        raise VerificationError(
+            f"{name} cannot run in place: {'; '.join(findings)}: report this with the model's name and settings"
+        )

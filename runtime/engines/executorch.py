@@ -1,0 +1,170 @@
+"""The ExecuTorch engine. ExecuTorch's Python binding takes and gives torch tensors; both are imported on first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
+from trimkv_edge.manifest import Manifest, Target
+
+_METHODS = ("forward", "evict", "reset", "read_kept", "write_kept", "read_state", "write_state")
+# Flatbuffer identifier of a program, ExecuTorch's extended header behind it, and the least size of both.
+_IDENTIFIER, _HEADER, _HEADER_END = b"ET", b"eh00", 32
+
+
+class ExecuTorchEngine(Engine):
+    """Runs the ``executorch`` target of an artefact.
+
+    Args:
+        folder: the artefact.
+        manifest, target: its manifest and the target to run.
+        threads: size of ExecuTorch's thread pool, which is one per process; default: as it is.
+
+    Raises:
+        ConfigError: threads below 1, or a pool that does not take the size.
+        ArtefactError: the program does not load, or does not fit the manifest.
+        TrimKVError: executorch or torch is not installed.
+    """
+
+    name = "executorch"
+
+    def __init__(self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None) -> None:
+        model = manifest.model
+        super().__init__(
+            manifest.cache,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            vocab_size=model.vocab_size,
+            position_limit=manifest.rope.position_limit,
+        )
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}, but must be at least 1")
+        if "program" not in target.files:
+            raise ArtefactError(f"the executorch target of {folder} names no program file: export the artefact again")
+        path = folder / target.files["program"]
+        _check_program(path)
+        self._torch, self._binding = _import_executorch(llama_ops=target.ops == "xnnpack")
+        if threads is not None:
+            _set_threads(self._binding, threads)
+        self._methods = self._load(path)
+        self._position, self._live, self._seen = (np.zeros(1, np.int64) for _ in range(3))
+        self._token = np.zeros((1, 1), np.int64)
+        # These share the arrays' memory: a decode step makes no tensor.
+        shared = [self._torch.from_numpy(array) for array in (self._position, self._live, self._token, self._seen)]
+        self._chunk_inputs, self._decode_inputs, self._evict_inputs = shared[:2], (shared[2], *shared[:2]), (shared[3],)
+        self._block = min(self._run("read_state", (shared[3],))[2].shape[0] // self._rows, self.config.slots)
+        self._reset()
+
+    @property
+    def _rows(self) -> int:
+        return self.num_layers * self.num_kv_heads
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """All methods now: loading one later would initialise buffers of those that have run."""
+        try:
+            self._program = self._binding._load_program(str(path))
+            names = {self._program.get_method_name(index) for index in range(self._program.num_methods())}
+            missing = [name for name in _METHODS if name not in names]
+            if missing:
+                raise ArtefactError(f"{path} has no method {missing[0]}: export it again with this version")
+            return {name: self._program.load_method(name) for name in _METHODS}
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ArtefactError(f"{path} does not load in ExecuTorch ({reason}): copy or export it again") from error
+
+    def _run(self, name: str, inputs: tuple[Any, ...] = ()) -> list[Any]:
+        """Outputs lie in the program's own memory, until its next call."""
+        outputs: list[Any] = self._methods[name].call(inputs, clone_outputs=False)
+        return outputs
+
+    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
+        self._position[0], self._live[0] = position, live
+        if ids.size == 1:
+            self._token[0, 0] = ids[0]
+            inputs = self._decode_inputs
+        else:
+            inputs = (self._torch.from_numpy(ids).unsqueeze(0), *self._chunk_inputs)
+        logits: FloatArray = self._run("forward", inputs)[0].numpy()
+        return logits.reshape(-1).copy()
+
+    def _evict(self, seen: int) -> None:
+        self._seen[0] = seen
+        self._run("evict", self._evict_inputs)
+
+    def _reset(self) -> None:
+        self._run("reset")
+
+    def _kept_positions(self) -> IntArray:
+        kept: IntArray = self._run("read_kept")[0].numpy()
+        return kept.reshape(self.num_layers, self.num_kv_heads, -1).copy()
+
+    def _blocks(self) -> list[int]:
+        """First slots of the blocks that cover the cache; the last may overlap the one before."""
+        last = self.config.slots - self._block
+        return [*range(0, last, self._block), last]
+
+    def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        shape, block = (self.num_layers, self.num_kv_heads, self.config.slots), self._block
+        key, value = (np.empty((*shape, self.head_dim), np.float32) for _ in range(2))
+        log_beta = np.empty(shape, np.float32)
+        for start in self._blocks():
+            part = slice(start, start + block)
+            self._seen[0] = start
+            outputs = [output.numpy() for output in self._run("read_state", self._evict_inputs)]
+            for whole, rows in zip((key, value), outputs, strict=False):
+                by_slot = rows.reshape(self.num_layers, block, self.num_kv_heads, self.head_dim)
+                whole[:, :, part] = by_slot.transpose(0, 2, 1, 3)
+            log_beta[:, :, part] = outputs[2].reshape(block, *shape[:2]).transpose(1, 2, 0)
+        return key, value, log_beta
+
+    def _write(self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int) -> None:
+        tensor, block = self._torch.from_numpy, self._block
+        for start in self._blocks():
+            part = slice(start, start + block)
+            rows = (
+                np.ascontiguousarray(whole[:, :, part].transpose(0, 2, 1, 3)).reshape(self.num_layers, -1, self.head_dim)
+                for whole in (key, value)
+            )
+            by_slot = np.ascontiguousarray(log_beta[:, :, part].transpose(2, 0, 1)).reshape(-1, 1)
+            self._seen[0] = start
+            self._run("write_state", (*self._evict_inputs, *map(tensor, rows), tensor(by_slot)))
+        self._run("write_kept", (tensor(np.ascontiguousarray(kept).reshape(self._rows, -1)),))
+
+
+def _check_program(path: Path) -> None:
+    """The binding may end the process over a damaged file, so what the header says is compared with the file first."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(_HEADER_END)
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read ({error.strerror}): copy or export the artefact again") from error
+    if len(head) < _HEADER_END or head[4:6] != _IDENTIFIER or head[8:12] != _HEADER:
+        raise ArtefactError(f"{path} is not an ExecuTorch program: copy or export the artefact again")
+
+
+def _import_executorch(llama_ops: bool) -> tuple[ModuleType, ModuleType]:
+    try:
+        import torch
+        from executorch.extension.pybindings import portable_lib
+
+        if llama_ops:
+            import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the kernels)
+    except ImportError as error:
+        raise TrimKVError(
+            f"the executorch engine needs executorch and torch ({error}): pip install 'trimkv-edge[executorch]'"
+        ) from error
+    return torch, portable_lib
+
+
+def _set_threads(binding: ModuleType, threads: int) -> None:
+    binding._unsafe_reset_threadpool(threads)
+    actual = binding._threadpool_get_thread_count()
+    if actual != threads:
+        raise ConfigError(f"threads is {threads}, but ExecuTorch's thread pool has {actual}: leave --threads out")

@@ -1,0 +1,194 @@
+"""The ONNX Runtime engine: numpy and onnxruntime only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
+from trimkv_edge.manifest import Manifest, Target
+
+# The one place that says where graphs run.
+PROVIDERS = ("CPUExecutionProvider",)
+
+Array = npt.NDArray[Any]
+
+
+class OnnxEngine(Engine):
+    """Runs the ``onnx`` target of an artefact.
+
+    Every state tensor is one buffer, bound as ``past.X`` and ``present.X`` of both graphs, so a step and an event write
+    in place. A decode step reuses one prepared binding.
+
+    Args:
+        folder: the artefact.
+        manifest, target: its manifest and the target to run.
+        threads: threads within an operator; default: the physical cores this process may use.
+        aliased: False keeps two buffers per state tensor and swaps them; for tests, it copies the cache every step.
+
+    Raises:
+        ConfigError: threads below 1.
+        ArtefactError: a graph does not load, or does not fit the manifest.
+        TrimKVError: onnxruntime is not installed.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, aliased: bool = True
+    ) -> None:
+        model = manifest.model
+        super().__init__(
+            manifest.cache,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            vocab_size=model.vocab_size,
+            position_limit=manifest.rope.position_limit,
+        )
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}, but must be at least 1")
+        self._ort = _import_onnxruntime()
+        self._aliased = aliased
+        threads = threads or _physical_cores()
+        self._decoder = self._load(folder, target, "decoder", threads)
+        self._evictor = self._load(folder, target, "evict", threads)
+        rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
+        shape = (1, self.num_kv_heads, slots, self.head_dim)
+        self._arrays: dict[str, Array] = {
+            f"{layer}.{kind}": np.zeros(shape, np.float32) for layer in range(self.num_layers) for kind in ("key", "value")
+        }
+        self._arrays["log_beta"] = np.zeros((slots, rows), np.float32)
+        self._in_decoder = list(self._arrays)
+        self._arrays["positions"] = np.zeros((rows, self.config.budget), np.int64)
+        self._spare = {} if aliased else {name: np.zeros_like(array) for name, array in self._arrays.items()}
+        self._position, self._live_length, self._seen = (np.zeros(1, np.int64) for _ in range(3))
+        self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
+        self._chunks: dict[int, Array] = {}
+        self._bindings: dict[int, Any] = {}
+        self._check_inputs(folder / target.files["decoder"], self._decoder, self._in_decoder)
+        self._check_inputs(folder / target.files["evict"], self._evictor, list(self._arrays))
+        self._reset()
+
+    def _load(self, folder: Path, target: Target, role: str, threads: int) -> Any:
+        if role not in target.files:
+            raise ArtefactError(f"the onnx target of {folder} names no {role} file: export the artefact again")
+        ort, path = self._ort, folder / target.files[role]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Patterns are kept per chunk length, so mixed lengths would make memory grow.
+        options.enable_mem_pattern = False
+        if role == "evict":
+            # It runs once per buffer: its idle threads must not compete with the decoder's.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ArtefactError(
+                f"{path} does not load in onnxruntime {ort.__version__} ({reason}): "
+                "copy the whole folder again or export it again"
+            ) from error
+
+    def _check_inputs(self, path: Path, session: Any, names: list[str]) -> None:
+        found = {node.name: node.shape for node in session.get_inputs()}
+        for name in names:
+            want = list(self._arrays[name].shape)
+            if found.get(f"past.{name}") != want:
+                raise ArtefactError(
+                    f"{path} has input past.{name} of shape {found.get(f'past.{name}')}, but the manifest means {want}: "
+                    "files of two artefacts are mixed, export it again"
+                )
+
+    def _bind(self, session: Any, plain: dict[str, Array], state: list[str]) -> Any:
+        """A binding of ``plain`` inputs and of the state tensors, in place unless the engine is a copying one."""
+        value = self._ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
+        binding = session.io_binding()
+        for name, array in plain.items():
+            binding.bind_ortvalue_input(name, value(array))
+        for name in state:
+            past = value(self._arrays[name])
+            binding.bind_ortvalue_input(f"past.{name}", past)
+            binding.bind_ortvalue_output(f"present.{name}", past if self._aliased else value(self._spare[name]))
+        return binding
+
+    def _decoder_binding(self, count: int) -> Any:
+        chunk = self._chunks.setdefault(count, np.zeros((1, count), np.int64))
+        plain = {"input_ids": chunk, "position": self._position, "live_length": self._live_length}
+        binding = self._bind(self._decoder, plain, self._in_decoder)
+        binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(self._logits))
+        return binding
+
+    def _binding(self, count: int) -> Any:
+        """Binding for chunks of ``count`` tokens; 0 is the event."""
+        binding = self._bindings.get(count)
+        if binding is None:
+            if count:
+                binding = self._decoder_binding(count)
+            else:
+                binding = self._bind(self._evictor, {"seen": self._seen}, list(self._arrays))
+            if self._aliased:
+                self._bindings[count] = binding
+        return binding
+
+    def _swap(self, names: list[str]) -> None:
+        if not self._aliased:
+            for name in names:
+                self._arrays[name], self._spare[name] = self._spare[name], self._arrays[name]
+
+    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
+        binding = self._binding(ids.size)
+        self._chunks[ids.size][0] = ids
+        self._position[0], self._live_length[0] = position, live
+        self._decoder.run_with_iobinding(binding)
+        self._swap(self._in_decoder)
+        return self._logits[0, 0].copy()
+
+    def _evict(self, seen: int) -> None:
+        self._seen[0] = seen
+        self._evictor.run_with_iobinding(self._binding(0))
+        self._swap(list(self._arrays))
+
+    def _reset(self) -> None:
+        for array in self._arrays.values():
+            array.fill(0)
+        self._arrays["positions"][:] = np.arange(self.config.budget)
+
+    def _kept_positions(self) -> IntArray:
+        return self._arrays["positions"].reshape(self.num_layers, self.num_kv_heads, -1).copy()
+
+    def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        key, value = (
+            np.concatenate([self._arrays[f"{layer}.{kind}"] for layer in range(self.num_layers)])
+            for kind in ("key", "value")
+        )
+        by_slot = self._arrays["log_beta"].reshape(-1, self.num_layers, self.num_kv_heads)
+        return key, value, by_slot.transpose(1, 2, 0)
+
+    def _write(self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int) -> None:
+        for layer in range(self.num_layers):
+            self._arrays[f"{layer}.key"][0] = key[layer]
+            self._arrays[f"{layer}.value"][0] = value[layer]
+        self._arrays["log_beta"][:] = log_beta.transpose(2, 0, 1).reshape(self.config.slots, -1)
+        self._arrays["positions"][:] = kept.reshape(-1, self.config.budget)
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TrimKVError(f"the onnx engine needs onnxruntime ({error}): pip install 'trimkv-edge[onnx]'") from error
+    return onnxruntime
+
+
+def _physical_cores() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or usable, usable))

@@ -1,0 +1,114 @@
+"""Choosing the next token from logits, with numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trimkv_edge.errors import ConfigError, StateError
+
+DoubleArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy and switches all filters but the penalty off.
+        top_k: keep the k best tokens (and those equal to the k-th); 0 keeps all.
+        top_p: keep the smallest set of best tokens whose probability reaches p; 1 keeps all.
+        min_p: drop tokens less probable than min_p times the best; 0 keeps all.
+        repetition_penalty: above 1, makes tokens that the stream already holds less likely; 1 is off.
+        seed: of the random generator; None differs from run to run.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails every check.
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ConfigError(f"top-k is {self.top_k}, but must be 0 (off) or a positive whole number")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top-p is {self.top_p}, but must be above 0 and at most 1 (off)")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ConfigError(f"min-p is {self.min_p}, but must be from 0 (off) to 1")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(f"repetition penalty is {self.repetition_penalty}, but must be above 0; 1 is off")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but must be 0 or more")
+
+
+class Sampler:
+    """Draws tokens; two samplers with the same parameters and a seed draw the same ones.
+
+    Filters run in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._random = np.random.default_rng(params.seed)
+
+    def sample(self, logits: npt.ArrayLike, seen: npt.NDArray[np.bool_] | None = None) -> int:
+        """The next token.
+
+        Args:
+            logits: ``[vocab_size]``.
+            seen: bool ``[vocab_size]``, tokens that the repetition penalty applies to.
+
+        Raises:
+            StateError: the logits hold NaN or no finite value.
+        """
+        scores = np.array(logits, dtype=np.float64)
+        best = float(scores.max())
+        if not np.isfinite(best):  # max() passes NaN on
+            raise StateError(f"the model's highest logit is {best}: the artefact or the engine is broken")
+        if seen is not None and self.params.repetition_penalty != 1.0:
+            penalty = self.params.repetition_penalty
+            scores = np.where(seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+        if self.params.temperature == 0.0:
+            return int(scores.argmax())  # the first, that is lowest, of equal ones
+        probabilities = filter_logits(scores, self.params)
+        cumulative = probabilities.cumsum()
+        # side="right" never lands on a token of probability 0, and the draw is below 1.
+        token = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
+        return min(token, int(probabilities.nonzero()[0][-1]))
+
+
+def filter_logits(scores: DoubleArray, params: SamplingParams) -> DoubleArray:
+    """Probabilities ``[vocab_size]`` after temperature, top-k, top-p and min-p; dropped tokens have 0.
+
+    Equal scores at the border: top-k keeps them all, top-p keeps the lower ids.
+    """
+    scores = scores / params.temperature
+    if 0 < params.top_k < scores.size:
+        threshold = np.partition(scores, -params.top_k)[-params.top_k]
+        scores = np.where(scores < threshold, -np.inf, scores)
+    if params.top_p < 1.0:
+        order = np.argsort(-scores, kind="stable")
+        ordered = softmax(scores)[order]
+        before = np.concatenate([[0.0], ordered.cumsum()[:-1]])
+        scores[order[before >= params.top_p]] = -np.inf
+    if params.min_p > 0.0:
+        likely = softmax(scores)
+        scores = np.where(likely < params.min_p * likely.max(), -np.inf, scores)
+    return softmax(scores)
+
+
+def softmax(scores: DoubleArray) -> DoubleArray:
+    """Probabilities of float64 scores; ``-inf`` gives 0."""
+    weights = np.exp(scores - scores.max())
+    result: DoubleArray = weights / weights.sum()
+    return result

@@ -1,0 +1,266 @@
+"""A stream of tokens over an engine: reading prompts, generating, evicting when due."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.engines import load_engine
+from trimkv_edge.runtime.sampling import Sampler, SamplingParams
+from trimkv_edge.runtime.statistics import SessionStatistics, peak_rss_bytes, rss_bytes
+from trimkv_edge.runtime.streaming import TextDecoder, TextStream
+
+from trimkv_edge.budget import ModelShape, cache_bytes
+from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.errors import ConfigError, PositionLimitError
+
+Progress = Callable[[int, int], None]
+_CONTEXT = 8  # newest tokens that the detokeniser sees of what came before
+_GREEDY = SamplingParams()
+
+
+class Piece(NamedTuple):
+    """A generated token and the text that became final with it; empty while a character or a stop string is open."""
+
+    token: int
+    text: str
+
+
+class Session:
+    """One stream. It attends first and evicts after: an event runs right after the step that fills the ring.
+
+    Every token that was fed or generated belongs to the stream. The newest generated one is *pending*: the engine reads
+    it only when the stream goes on, with the next ``feed`` or ``generate``. So a generation may end, or be abandoned,
+    at any token, and costs no step more than it needs.
+
+    Args:
+        engine: read and written by this session only.
+        tokenizer: for text; without one, pieces have no text.
+        trained_positions: stream length the model was trained for; passing it warns once per stream.
+        cache_size: bytes of the cache for the statistics; default: computed for float32.
+        warn: called with the text of a warning; default: ``warnings.warn``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextDecoder | None = None,
+        *,
+        trained_positions: int | None = None,
+        cache_size: int | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._trained_positions = trained_positions
+        self._cache_bytes = _float32_cache(engine) if cache_size is None else cache_size
+        self._warn = warn
+        self._clear()
+
+    @classmethod
+    def open(
+        cls,
+        artefact: Artefact,
+        engine: str | None = None,
+        threads: int | None = None,
+        *,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> Session:
+        """A session on an engine of ``artefact``; see :func:`~trimkv_edge.runtime.engines.load_engine`."""
+        manifest = artefact.manifest
+        return cls(
+            load_engine(artefact, engine, threads),
+            artefact.tokenizer,
+            trained_positions=manifest.model.max_position_embeddings,
+            cache_size=manifest.bytes.cache,
+            warn=warn,
+        )
+
+    def _clear(self) -> None:
+        self._logits: FloatArray | None = None
+        self._pending: int | None = None
+        self._seen_tokens = np.zeros(self.engine.vocab_size, np.bool_)
+        self._newest: deque[int] = deque(maxlen=_CONTEXT)
+        self._warned = False
+        self._prompt_tokens = self._new_tokens = self._prefilled = self._decoded = self._events = 0
+        self._prefill_s = self._decode_s = self._event_s = 0.0
+        self._waited_s: float | None = None
+        self._ttft_s: float | None = None
+
+    def reset(self) -> None:
+        """Starts a new stream with an empty cache; statistics start again too."""
+        self.engine.reset()
+        self._clear()
+
+    @property
+    def pending(self) -> int | None:
+        """The newest generated token while the engine has not read it."""
+        return self._pending
+
+    @property
+    def logits(self) -> FloatArray | None:
+        """Logits ``[vocab_size]`` after the last token the engine read; None at the start of a stream."""
+        return self._logits
+
+    def feed(self, tokens: npt.ArrayLike, progress: Progress | None = None) -> None:
+        """Reads tokens (after a pending one) in chunks of at most ``prefill_chunk`` that end where the ring is full.
+
+        Args:
+            tokens: token ids, at least one. How a text is spread over calls does not change the result.
+            progress: called after each chunk with (tokens read, tokens in all); with 0 first.
+
+        Raises:
+            ConfigError: no tokens, or ids that are not whole numbers below the vocabulary size.
+            PositionLimitError: they would pass the engine's last position.
+            In both cases nothing was read.
+        """
+        ids = self._checked(tokens)
+        given = ids.size
+        if self._pending is not None:
+            ids = np.concatenate([[self._pending], ids])
+        if self.engine.seen + ids.size > self.engine.position_limit:
+            raise PositionLimitError(
+                f"{ids.size} tokens after {self.engine.seen} pass the last position this model computes rightly "
+                f"({self.engine.position_limit - 1}): shorten the text or start a new stream (reset)"
+            )
+        self._waited_s, done = 0.0, 0
+        if progress:
+            progress(0, ids.size)
+        while done < ids.size:
+            started = perf_counter()
+            count = self._step(ids[done:])
+            done += count
+            spent = perf_counter() - started
+            self._prefilled += count
+            self._prefill_s += spent
+            self._waited_s += spent
+            if progress:
+                progress(done, ids.size)
+        self._prompt_tokens += given
+
+    def _checked(self, tokens: npt.ArrayLike) -> IntArray:
+        ids = np.asarray(tokens).reshape(-1)
+        if ids.size == 0:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if ids.dtype.kind not in "iu":
+            raise ConfigError(f"token ids are {ids.dtype}, but must be whole numbers")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.engine.vocab_size:
+            raise ConfigError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.engine.vocab_size}: "
+                "use the tokenizer of this artefact"
+            )
+        return ids.astype(np.int64)
+
+    def _step(self, ids: IntArray) -> int:
+        """Reads the largest chunk at the front of ``ids`` that fits, then evicts if that filled the ring."""
+        engine = self.engine
+        if engine.room == 0:  # only after a state was loaded at this very moment
+            self._evict()
+        chunk = ids[: min(engine.room, engine.config.prefill_chunk)]
+        self._logits = engine.prefill(chunk)
+        self._pending = None
+        self._seen_tokens[chunk] = True
+        self._newest.extend(chunk[-_CONTEXT:].tolist())
+        if engine.room == 0:
+            self._evict()
+        if self._trained_positions is not None and engine.seen > self._trained_positions and not self._warned:
+            self._warned = True
+            self._warn(
+                f"the stream is longer than the {self._trained_positions} positions the model was trained for: "
+                "the text may get worse from here on"
+            )
+        return chunk.size
+
+    def _evict(self) -> None:
+        started = perf_counter()
+        self.engine.evict()
+        self._event_s += perf_counter() - started
+        self._events += 1
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        sampling: SamplingParams = _GREEDY,
+        stop_ids: Collection[int] = (),
+        stop_strings: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Continues the stream, one :class:`Piece` per token.
+
+        Args:
+            max_new_tokens: most tokens; 0 gives none.
+            sampling: how tokens are chosen; a seed makes each call start from it.
+            stop_ids: tokens that end the generation. The one met is given as a piece, and its own text is left out.
+            stop_strings: text that ends it, wherever tokens divide it. The text is cut before it; the tokens that
+                made it stay in the stream.
+
+        Raises:
+            ConfigError: at the call: nothing was fed, a setting is out of range, or stop strings without a tokenizer.
+            PositionLimitError: while iterating, when the next token would pass the engine's last position. All text was
+                given before; the stream is as after any other end.
+        """
+        if self._logits is None:
+            raise ConfigError("nothing was fed: feed a prompt before generating")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise ConfigError(f"max new tokens is {max_new_tokens!r}, but must be a whole number of at least 0")
+        context = [*self._newest] if self._pending is None else [*self._newest, self._pending]
+        text = TextStream(self.tokenizer, stop_strings, context)
+        return self._generate(max_new_tokens, Sampler(sampling), frozenset(stop_ids), text)
+
+    def _generate(self, count: int, sampler: Sampler, stop_ids: frozenset[int], text: TextStream) -> Iterator[Piece]:
+        for left in reversed(range(count)):
+            started = perf_counter()
+            if self._pending is not None:
+                self._step(np.array([self._pending], np.int64))
+                self._decoded += 1
+                self._decode_s += perf_counter() - started
+            assert self._logits is not None  # generate() checked it
+            token = sampler.sample(self._logits, self._seen_tokens)
+            self._pending = token
+            self._new_tokens += 1
+            stop = token in stop_ids
+            out = "" if stop else text.push(token)
+            if stop or left == 0 or self.engine.seen >= self.engine.position_limit:
+                out += text.flush()
+            self._count_first(perf_counter() - started)
+            yield Piece(token, out)
+            if stop or text.stopped:
+                return
+
+    def _count_first(self, seconds: float) -> None:
+        if self._waited_s is not None:
+            self._ttft_s, self._waited_s = self._waited_s + seconds, None
+
+    def statistics(self) -> SessionStatistics:
+        """What happened since the last reset."""
+        return SessionStatistics(
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            position=self.engine.seen,
+            ttft_s=self._ttft_s,
+            prefill_tokens_per_s=_rate(self._prefilled, self._prefill_s),
+            decode_tokens_per_s=_rate(self._decoded, self._decode_s),
+            events=self._events,
+            event_s=self._event_s,
+            live_entries=self.engine.live,
+            max_entries=self.engine.config.slots,
+            cache_bytes=self._cache_bytes,
+            rss_bytes=rss_bytes(),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if seconds else None
+
+
+def _float32_cache(engine: Engine) -> int:
+    # Only the cache's own dimensions count here.
+    shape = ModelShape(engine.num_layers, 0, 0, 0, engine.num_kv_heads, engine.head_dim, engine.vocab_size, 0)
+    return cache_bytes(shape, engine.config, "float32")

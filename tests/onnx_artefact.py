@@ -1,0 +1,93 @@
+"""Exports a small random model to ONNX and opens it, shared by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from trimkv_edge.export.onnx import export_onnx
+from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.runtime.engines.onnx import OnnxEngine
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.engine import Engine, FloatArray
+from trimkv_edge.manifest import ByteInfo, GateInfo, Manifest, ModelInfo, RopeInfo, Target
+
+
+@dataclass
+class Artefact:
+    """An exported model beside the eager one it was made from."""
+
+    folder: Path
+    model: GatedModel
+    manifest: Manifest
+    target: Target
+
+    def eager(self) -> EagerEngine:
+        return EagerEngine(self.model, self.manifest.cache)
+
+    def onnx(self, *, aliased: bool = True) -> OnnxEngine:
+        return OnnxEngine(self.folder, self.manifest, self.target, threads=1, aliased=aliased)
+
+
+def make_artefact(folder: Path, model: GatedModel, config: CacheConfig, ops: str = "gqa") -> Artefact:
+    """Exports ``model`` into ``folder``."""
+    target = export_onnx(model, config, folder, ops=ops)
+    return Artefact(folder, model, make_manifest(model, config, target), target)
+
+
+def make_manifest(model: GatedModel, config: CacheConfig, target: Target) -> Manifest:
+    """As much of a manifest as an engine reads."""
+    shape = model.config
+    info = ModelInfo(
+        "test",
+        "random",
+        shape.model_type,
+        "",
+        True,
+        shape.num_hidden_layers,
+        shape.hidden_size,
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        model.head_dim,
+        shape.vocab_size,
+        0,
+        shape.max_position_embeddings,
+    )
+    gates = GateInfo("rg", "random", "", 0)
+    empty = ByteInfo(0, 0, 0)
+    return Manifest(1, info, gates, config, RopeInfo(), None, "float32", "none", empty, {"onnx": target}, {}, {})
+
+
+def feed(engine: Engine, tokens: Sequence[int], sizes: Sequence[int]) -> list[FloatArray]:
+    """Reads ``tokens`` in chunks of the given lengths (repeated), cut at event boundaries; logits after each chunk."""
+    out: list[FloatArray] = []
+    start, turn = 0, 0
+    while start < len(tokens):
+        if engine.room == 0:
+            engine.evict()
+        count = min(sizes[turn % len(sizes)], engine.room, len(tokens) - start)
+        out.append(engine.prefill(tokens[start : start + count]))
+        start, turn = start + count, turn + 1
+    return out
+
+
+def spread_gates(model: GatedModel, seed: int = 0) -> GatedModel:
+    """Makes random gates decide: log-betas from near 0 to far below, differently per head."""
+    generator = torch.Generator().manual_seed(seed)
+    for gate in model.gates:
+        for name, parameter in gate.named_parameters():
+            if name.endswith("weight"):
+                spread = 1.5 * parameter.shape[1] ** -0.5
+                parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+        gate.bias.data = torch.linspace(2.0, 4.0, gate.bias.shape[0])
+    return model
+
+
+def same(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> bool:
+    """Bit-equal logits."""
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

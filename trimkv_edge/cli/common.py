@@ -1,0 +1,60 @@
+"""What all commands share: how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from trimkv_edge.errors import TrimKVError
+
+DEBUG_VARIABLE = "TRIMKV_DEBUG"
+EXIT_ERROR = 2  # the input or the machine: the user can act on it (argparse uses it too)
+EXIT_INTERNAL = 70  # a mistake of this program
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+
+
+def run_cli(command: Callable[[], None]) -> None:
+    """Runs a command's work and turns every failure into one line on stderr and an exit code.
+
+    Returns normally on success. 2: an error the user can act on; 130: Ctrl-C; 141: the reader of stdout went away
+    (quiet); 70: a mistake of the program. With ``TRIMKV_DEBUG=1`` exceptions are raised as they are.
+    """
+    try:
+        command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except MemoryError:
+        _fail("error: out of memory: free memory or choose a smaller budget or model", EXIT_ERROR)
+    except (TrimKVError, OSError) as error:
+        if _debug():
+            raise
+        _fail(f"error: {one_line(error)}", EXIT_ERROR)
+    except Exception as error:
+        if _debug():
+            raise
+        _fail(
+            f"internal error: {type(error).__name__}: {one_line(error)} "
+            f"(run with {DEBUG_VARIABLE}=1 for the traceback)",
+            EXIT_INTERNAL,
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+def _fail(line: str, code: int) -> None:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _debug() -> bool:
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")

@@ -1,0 +1,217 @@
+"""``trimkv-run``: reads a prompt of any length through an artefact and streams the continuation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from trimkv_edge.budget import format_bytes
+from trimkv_edge.cli.common import run_cli
+from trimkv_edge.errors import ArtefactError, ConfigError
+
+if TYPE_CHECKING:
+    from trimkv_edge.runtime.artefact import Artefact
+    from trimkv_edge.runtime.sampling import SamplingParams
+    from trimkv_edge.runtime.session import Session
+
+_EPILOG = """\
+examples:
+  trimkv-run artefacts/tiny --prompt "Once upon a time"
+  trimkv-run artefacts/tiny --prompt-file book.txt --max-new-tokens 64 --stats text
+  cat notes.txt | trimkv-run artefacts/tiny - --stop "\\n\\n"
+  trimkv-run artefacts/qwen3-4b --chat --prompt "Hello" --temperature 0.7 --top-p 0.9 --seed 1
+
+The prompt may be far longer than the cache: it is read in chunks, and after every --buffer tokens (a setting of the
+export) each KV head keeps its best entries. Memory stays what the artefact's manifest says. Text goes to stdout,
+everything else to stderr. \\n, \\t and \\\\ in --stop stand for the characters.
+
+exit codes: 0 done, 2 wrong input or not enough memory, 130 interrupted (the text so far was printed)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="trimkv-run",
+        description="Run an exported model over a prompt of any length in a fixed amount of memory.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
+    add("stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from standard input")
+    add("--prompt", metavar="TEXT", help="the prompt itself")
+    add("--prompt-file", metavar="FILE", help="a UTF-8 file with the prompt (- for standard input)")
+    add("--chat", action="store_true", help="send the prompt as one user message through the artefact's chat template")
+    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
+    add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
+    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    group = parser.add_argument_group("generation").add_argument
+    group("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)")
+    group("--temperature", type=float, default=0.0, metavar="X", help="0 (default) takes the best token every time")
+    group("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens (default 0: all)")
+    group("--top-p", type=float, default=1.0, metavar="P", help="draw from the best tokens that reach P (1: all)")
+    group("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the best (default 0: none)")
+    group("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids repetition (1: off)")
+    group("--seed", type=int, metavar="N", help="makes drawing repeatable")
+    group("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given again")
+    report = parser.add_argument_group("reports").add_argument
+    report("--stats", choices=["text", "json"], help="print statistics to stderr; json is its last line")
+    report("--stats-file", type=Path, metavar="FILE", help="write statistics as JSON to FILE")
+    report("--progress", action="store_true", help="show the prompt's progress even if stderr is no terminal")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    run_cli(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from trimkv_edge.runtime.artefact import Artefact
+    from trimkv_edge.runtime.session import Session
+
+    # What costs nothing is checked before what costs seconds.
+    sampling = _sampling(args)
+    prompt = read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
+    artefact = Artefact.load(args.artefact, verify=not args.no_verify)
+    tokens = encode_prompt(artefact, prompt, args.chat)
+    session = Session.open(artefact, args.engine, args.threads, warn=_warn)
+    stops = [_unescape(stop) for stop in args.stop]
+    assert artefact.manifest.tokenizer is not None  # encode_prompt checked it
+    eos = artefact.manifest.tokenizer.eos_token_ids
+    try:
+        _feed(session, tokens, args.progress or sys.stderr.isatty())
+        _stream(session, args.max_new_tokens, sampling, eos, stops)
+    finally:
+        _report(session, args)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    from trimkv_edge.runtime.sampling import SamplingParams
+
+    if args.max_new_tokens < 0:
+        raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be 0 or more")
+    if not all(args.stop):
+        raise ConfigError("--stop is empty: give at least one character")
+    return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+
+
+def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
+    """The prompt from exactly one of its sources.
+
+    Raises:
+        ConfigError: none or several sources, no such file, not UTF-8, or an empty prompt.
+    """
+    if (text is not None) + (file is not None) + stdin != 1:
+        raise ConfigError("give the prompt once: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    if text is None:
+        stdin = stdin or file == "-"
+        where = "standard input" if stdin else str(file)
+        try:
+            data = sys.stdin.buffer.read() if stdin else Path(str(file)).read_bytes()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"prompt file {where} cannot be read: {_reason(error)}") from error
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"prompt file {where} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}: "
+                "convert it first (iconv -t UTF-8)"
+            ) from error
+    if not text:
+        raise ConfigError("the prompt is empty: give some text")
+    return text
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def encode_prompt(artefact: Artefact, prompt: str, chat: bool) -> list[int]:
+    """Token ids of the prompt, through the chat template if ``chat``.
+
+    Raises:
+        ArtefactError: the artefact has no tokenizer or no chat template.
+        ConfigError: the prompt is not valid Unicode, or has no tokens.
+    """
+    tokenizer, info = artefact.tokenizer, artefact.manifest.tokenizer
+    if tokenizer is None or info is None:
+        raise ArtefactError(
+            f"{artefact.folder} has no tokenizer (random weights have none), so it cannot read text: "
+            "drive it with token ids through trimkv_edge.runtime.session"
+        )
+    if chat:
+        if artefact.chat_template is None:
+            raise ArtefactError(f"{artefact.folder} has no chat_template.jinja: leave out --chat")
+        from trimkv_edge.runtime.chat import render_chat
+
+        special = {"bos_token": tokenizer.token(info.bos_token_id) if info.bos_token_id is not None else ""}
+        special["eos_token"] = tokenizer.token(info.eos_token_ids[0]) if info.eos_token_ids else ""
+        prompt = render_chat(artefact.chat_template, [{"role": "user", "content": prompt}], special)
+    # A template writes its special tokens itself.
+    tokens = tokenizer.encode(prompt, add_special_tokens=not chat)
+    if not tokens:
+        raise ConfigError("the prompt has no tokens: give some text")
+    return tokens
+
+
+def _unescape(stop: str) -> str:
+    """``\\n``, ``\\t`` and ``\\\\`` of the command line as characters."""
+    parts = [part.replace("\\n", "\n").replace("\\t", "\t") for part in stop.split("\\\\")]
+    return "\\".join(parts)
+
+
+def _feed(session: Session, tokens: list[int], show: bool) -> None:
+    from trimkv_edge.runtime.statistics import rss_bytes
+
+    with tqdm(
+        total=len(tokens), desc="prompt", unit="tok", file=sys.stderr, disable=not show, dynamic_ncols=True
+    ) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.set_postfix_str(f"memory {format_bytes(rss_bytes())}", refresh=False)
+            bar.update(done - bar.n)
+
+        session.feed(tokens, progress if show else None)
+
+
+def _stream(session: Session, count: int, sampling: SamplingParams, eos: list[int], stops: list[str]) -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    written = False
+    try:
+        for piece in session.generate(count, sampling, eos, stops):
+            if piece.text:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                written = True
+    finally:
+        if written:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _report(session: Session, args: argparse.Namespace) -> None:
+    statistics = session.statistics()
+    engine = session.engine.name
+    if args.stats_file is not None:
+        args.stats_file.write_text(json.dumps({"engine": engine, **statistics.as_dict()}) + "\n", encoding="utf-8")
+    if args.stats == "json":
+        print(json.dumps({"engine": engine, **statistics.as_dict()}), file=sys.stderr, flush=True)
+    elif args.stats == "text":
+        print(f"engine    {engine}", *statistics.lines(), sep="\n", file=sys.stderr, flush=True)
+
+
+def _warn(text: str) -> None:
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
