@@ -20,11 +20,13 @@ class _Rotary:
     """Takes the place of transformers' function while tracing; the chunk's cosines are the operator's whole table."""
 
     def __init__(self) -> None:
+        self._cos: Tensor | None = None
         self._halves: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if self._halves is None:
+        if self._cos is not cos:  # once per pass, shared by all layers
             # Both halves of the rotated width have the same angles.
+            self._cos = cos
             half = cos.shape[-1] // 2
             start = torch.zeros(1, dtype=torch.int64)
             self._halves = (cos[0, :, :half], sin[0, :, :half], start)

@@ -39,27 +39,28 @@ class Detokenizer:
             self._ids, self._shown = [], ""
         # Tokens from here on may belong to a character that is not whole yet.
         self._fresh = len(self._ids)
+        self._length = len(self._shown)  # of the window's whole text
 
     def push(self, token: int) -> str:
         """Text that became final with ``token``; may be empty."""
         self._ids.append(token)
         text = self._decoder.decode(self._ids)
-        if text.endswith(_REPLACEMENT) and len(self._ids) - self._fresh < _LONGEST:
+        # Byte fallback gives one replacement per byte, so text that shrinks ends in a real, whole U+FFFD.
+        unfinished = text.endswith(_REPLACEMENT) and len(text) >= self._length
+        self._length = len(text)
+        if unfinished and len(self._ids) - self._fresh < _LONGEST:
             return ""
         if not text.startswith(self._shown):
             # Byte fallback turns a whole run of bytes into replacements when one of them is wrong.
-            self._forget(self._fresh)
-            text, self._shown = self._decoder.decode(self._ids), ""
+            text = self._forget(self._fresh)
+            self._shown = ""
         # After so many tokens, only the last replacement can still become a character.
-        unfinished = text.endswith(_REPLACEMENT)
         end = len(text) - unfinished
         piece, self._shown = text[len(self._shown) : end], text[:end]
         if not unfinished and piece:
-            self._forget(self._fresh)
-            self._shown = self._decoder.decode(self._ids)
+            self._shown = self._forget(self._fresh)
         elif len(self._ids) > _WINDOW:
-            self._forget(len(self._ids) - _WINDOW // 2)
-            text = self._decoder.decode(self._ids)
+            text = self._forget(len(self._ids) - _WINDOW // 2)
             self._shown = text[: len(text) - unfinished]
         if not unfinished:
             self._fresh = len(self._ids)
@@ -69,15 +70,18 @@ class Detokenizer:
         """The rest at the end of the stream; bytes that never became a character are U+FFFD. Starts afresh."""
         text = self._decoder.decode(self._ids)
         if not text.startswith(self._shown):
-            self._forget(self._fresh)
-            text, self._shown = self._decoder.decode(self._ids), ""
+            text, self._shown = self._forget(self._fresh), ""
         rest = text[len(self._shown) :]
-        self._ids, self._shown, self._fresh = [], "", 0
+        self._ids, self._shown, self._fresh, self._length = [], "", 0, 0
         return rest
 
-    def _forget(self, count: int) -> None:
+    def _forget(self, count: int) -> str:
+        """Drops the window's first tokens; returns the text of the others."""
         del self._ids[:count]
         self._fresh = max(0, self._fresh - count)
+        text = self._decoder.decode(self._ids)
+        self._length = len(text)
+        return text
 
 
 class StopStrings:

@@ -154,7 +154,8 @@ class Engine(ABC):
         """Continues from ``state``, which any engine of the same model and settings may have made.
 
         Raises:
-            StateError: the state belongs to another shape, or its ring part is not the newest tokens.
+            StateError: the state belongs to another shape, its ring part is not the newest tokens, or its kept
+                positions are impossible.
         """
         rows, live, budget = (self.num_layers, self.num_kv_heads), state.live, self.config.budget
         want = (*rows, live, self.head_dim)
@@ -169,6 +170,8 @@ class Engine(ABC):
             state.positions[..., exact:], np.broadcast_to(ring[exact:], (*rows, max(live - exact, 0)))
         ):
             raise StateError(f"the state's ring does not hold the newest tokens for a budget of {budget}")
+        if exact:
+            self._check_kept(state)
         slots = self.config.slots
         key, value = (np.zeros((*rows, slots, self.head_dim), np.float32) for _ in range(2))
         log_beta = np.zeros((*rows, slots), np.float32)
@@ -177,6 +180,18 @@ class Engine(ABC):
         kept[..., : min(live, budget)] = state.positions[..., :budget]
         self._write(key, value, log_beta, kept, state.seen, live)
         self.seen, self.live = state.seen, live
+
+    def _check_kept(self, state: CacheState) -> None:
+        """After the first event every head holds ``budget`` or more entries, the kept ones older than the ring."""
+        live, budget = state.live, self.config.budget
+        if live < budget:
+            raise StateError(
+                f"the state holds {live} entries per head after {state.seen} tokens, but a budget of {budget} keeps "
+                f"{budget}: load it with the settings it was made with"
+            )
+        kept = np.sort(state.positions[..., :budget], axis=-1)
+        if kept.min() < 0 or kept.max() >= state.seen - (live - budget) or not np.all(np.diff(kept, axis=-1) > 0):
+            raise StateError("the state's kept positions are not distinct positions before its ring: the state is damaged")
 
     @abstractmethod
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:

@@ -152,13 +152,17 @@ def load_manifest(folder: Path, *, verify_files: bool = True) -> Manifest:
             "install the version that made it, or export again"
         )
     try:
-        manifest = _ADAPTER.validate_python(raw)
+        # As JSON: strict dataclasses refuse dicts in Python mode.
+        manifest = _ADAPTER.validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ArtefactError(f"{path} is not valid at {where!r}: {first['msg']}") from error
+        raise ArtefactError(f"{path} is not valid at {where!r}: {first['msg']}: export it again") from error
     except TrimKVError as error:
-        raise ArtefactError(f"{path} is not valid: {error}") from error
+        raise ArtefactError(f"{path} is not valid: {error}: export it again") from error
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtefactError(f"{path} lists {name!r}, outside the artefact: export it again")
     if verify_files:
         for name, info in manifest.files.items():
             check_file(folder / name, info)
@@ -175,7 +179,8 @@ def check_file(path: Path, info: FileInfo) -> None:
     digest = file_sha256(path)
     if digest != info.sha256:
         raise ArtefactError(
-            f"{path} has sha256 {digest[:12]}..., but the manifest says {info.sha256[:12]}...: it was changed"
+            f"{path} has sha256 {digest[:12]}..., but the manifest says {info.sha256[:12]}...: it was changed; "
+            "copy or export it again"
         )
 
 
@@ -188,7 +193,7 @@ def file_sha256(path: Path) -> str:
 def describe_files(folder: Path) -> dict[str, FileInfo]:
     """Size and sha256 of every file in ``folder`` except the manifest."""
     return {
-        str(path.relative_to(folder)): FileInfo(file_sha256(path), path.stat().st_size)
+        path.relative_to(folder).as_posix(): FileInfo(file_sha256(path), path.stat().st_size)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE
     }

@@ -59,14 +59,23 @@ def test_entries(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "total"),
-    [("64MB", 64 * MIB), ("64 mb", 64 * MIB), ("64M", 64 * MIB), ("1.5GiB", 1536 * MIB), ("80kib", 80 * KIB), ("71200B", 71200)],
+    [
+        ("64MB", 64 * MIB),
+        ("64 mb", 64 * MIB),
+        ("64M", 64 * MIB),
+        ("1.5GiB", 1536 * MIB),
+        ("80kib", 80 * KIB),
+        ("71200B", 71200),
+    ],
 )
 def test_sizes(text: str, total: int) -> None:
     # The ring takes 128 x 528 = 67584; each kept entry 560.
     assert parse_budget(text, SMALL, 128, "float32") == (total - 67_584) // 560
 
 
-@pytest.mark.parametrize("text", ["abc", "-3", "1e3", "", "1.5", "MB", "12TB", "64 MB extra", "0x10", "nan", "inf", "1,5GB"])
+@pytest.mark.parametrize(
+    "text", ["abc", "-3", "1e3", "", "1.5", "MB", "12TB", "64 MB extra", "0x10", "nan", "inf", "1,5GB"]
+)
 def test_not_a_budget(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_budget(text, SMALL, 128, "float32")
@@ -121,7 +130,14 @@ def test_check_fits() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (768 * MIB, "768.0 MiB"), (12 * GIB, "12.00 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (768 * MIB, "768.0 MiB"),
+        (12 * GIB, "12.00 GiB"),
+    ],
 )
 def test_format_bytes(count: int, text: str) -> None:
     assert format_bytes(count) == text

@@ -99,7 +99,9 @@ def test_any_chunking_gives_the_oracles_entries(data: st.DataObject) -> None:
     budget = data.draw(st.integers(1, 12))
     sinks = data.draw(st.integers(0, min(3, budget)))
     config = CacheConfig(budget, buffer, 1, sinks=sinks, recent=data.draw(st.integers(0, min(2, budget - sinks))))
-    stream = Stream(config, data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0, 4])))
+    stream = Stream(
+        config, data.draw(st.integers(1, 2)), data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0, 4]))
+    )
     total = data.draw(st.integers(0, budget + 6 * buffer))
     for count in chunks(total, lambda: config.slots - stream.cache.live, lambda most: data.draw(st.integers(1, most))):
         stream.feed(count)

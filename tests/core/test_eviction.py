@@ -38,7 +38,9 @@ def events(draw: st.DrawFn) -> tuple[CacheConfig, int, list[list[int]], list[lis
     positions, values = [], []
     for _ in range(draw(st.integers(1, 3))):
         old = st.integers(0, seen - buffer - 1) if ahead else None
-        kept = list(range(budget)) if old is None else draw(st.lists(old, min_size=budget, max_size=budget, unique=True))
+        kept = (
+            list(range(budget)) if old is None else draw(st.lists(old, min_size=budget, max_size=budget, unique=True))
+        )
         ring = list(range(seen - buffer, seen))
         row = draw(st.permutations(kept)) + ring if ahead else kept + ring
         if draw(st.integers(0, 3)):
@@ -51,10 +53,10 @@ def events(draw: st.DrawFn) -> tuple[CacheConfig, int, list[list[int]], list[lis
     return config, seen, positions, values
 
 
-def oracle_rows(config: CacheConfig, seen: int, positions: list[list[int]], values: list[list[float]]) -> list[list[int]]:
-    oracle = OracleCache(
-        1, len(positions), config.budget, config.buffer, config.sinks, config.recent, config.lookahead
-    )
+def oracle_rows(
+    config: CacheConfig, seen: int, positions: list[list[int]], values: list[list[float]]
+) -> list[list[int]]:
+    oracle = OracleCache(1, len(positions), config.budget, config.buffer, config.sinks, config.recent, config.lookahead)
     for head, (row, lbs) in enumerate(zip(positions, values, strict=True)):
         for position, lb in zip(row, lbs, strict=True):
             oracle.append(0, head, position, lb)

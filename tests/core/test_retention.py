@@ -120,7 +120,24 @@ def test_unknown_kind_or_activation(kind: str, act: str, named: str) -> None:
         RetentionGate(8, 2, 4, kind, act)
 
 
-LOG_BETAS = [0.0, -0.0, -1e-38, -1e-45, -1e-30, -1e-20, -1e-9, -1e-7, -3e-5, -1e-3, -0.1, -0.69, -0.7, -2.0, -50.0, -1e4]
+LOG_BETAS = [
+    0.0,
+    -0.0,
+    -1e-38,
+    -1e-45,
+    -1e-30,
+    -1e-20,
+    -1e-9,
+    -1e-7,
+    -3e-5,
+    -1e-3,
+    -0.1,
+    -0.69,
+    -0.7,
+    -2.0,
+    -50.0,
+    -1e4,
+]
 
 
 @pytest.mark.parametrize("seen", [1, 40, 2**24 + 5, 2**31 + 9])

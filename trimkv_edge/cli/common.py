@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from trimkv_edge.errors import TrimKVError
@@ -58,3 +60,12 @@ def _fail(line: str, code: int) -> None:
 
 def _debug() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def quiet_libraries() -> None:
+    """Keeps what torch, ExecuTorch and transformers say about themselves off the terminal, unless TRIMKV_DEBUG is set."""
+    if _debug():
+        return
+    warnings.filterwarnings("ignore")
+    for name in ("torch", "torch.utils._pytree", "torchao", "transformers", "executorch", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)

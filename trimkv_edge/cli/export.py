@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from trimkv_edge.budget import check_fits, format_bytes, full_cache_bytes
-from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.common import quiet_libraries, run_cli
 
 if TYPE_CHECKING:
     from trimkv_edge.export.pipeline import ExportPlan, ExportRequest
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    quiet_libraries()
     # torch and transformers take seconds to import: --help and option errors do not wait for them.
     from trimkv_edge.export.pipeline import plan_export, run_export
 

@@ -82,6 +82,8 @@ def _run(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
     tokens = encode_prompt(artefact, prompt, args.chat)
+    if artefact.manifest.model.random_weights:
+        _warn("this artefact has random weights: its text means nothing")
     session = Session.open(artefact, args.engine, args.threads, warn=_warn)
     stops = [_unescape(stop) for stop in args.stop]
     assert artefact.manifest.tokenizer is not None  # encode_prompt checked it
@@ -100,6 +102,8 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be 0 or more")
     if not all(args.stop):
         raise ConfigError("--stop is empty: give at least one character")
+    if args.stats_file is not None and not args.stats_file.absolute().parent.is_dir():
+        raise ConfigError(f"--stats-file {args.stats_file} lies in no existing folder: make the folder first")
     return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
 
 
@@ -114,6 +118,8 @@ def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
     if text is None:
         stdin = stdin or file == "-"
         where = "standard input" if stdin else str(file)
+        if stdin and sys.stdin is None:
+            raise ConfigError("standard input is closed: use --prompt or --prompt-file")
         try:
             data = sys.stdin.buffer.read() if stdin else Path(str(file)).read_bytes()
         except (OSError, ValueError) as error:

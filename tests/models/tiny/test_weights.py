@@ -1,0 +1,93 @@
+"""What ships with `tiny`: loads everywhere it has to, is small, and really recalls in bounded memory."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.manifest import file_sha256
+from trimkv_edge.models.tiny import bounded, data, demo, evaluate
+from trimkv_edge.models.tiny.tokenizer import WEIGHTS
+from trimkv_edge.retention import GATE_KINDS
+
+FOLDER = WEIGHTS.parent
+
+
+@pytest.fixture(scope="module", params=GATE_KINDS)
+def model(request: pytest.FixtureRequest):
+    return evaluate.load(request.param)
+
+
+def test_everything_shipped_is_small() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+
+
+def test_transformers_loads_model_and_tokenizer() -> None:
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    assert model.config.model_type == "qwen3" and model.config.num_key_value_heads >= 2
+    assert model.config.max_position_embeddings == data.MAX_POSITIONS
+    assert len(tokenizer) == model.config.vocab_size
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == model.generation_config.eos_token_id
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_tokenizer_round_trips_any_text(text: str) -> None:
+    plain = Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
+    ids = plain.encode(text).ids
+    assert plain.decode(ids, skip_special_tokens=False) == text
+    assert all(0 <= i < plain.get_vocab_size() for i in ids)
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_gates_belong_to_the_base(kind: str) -> None:
+    info = json.loads(Path(FOLDER / "gates" / f"{kind}.json").read_text())
+    assert info["base_sha256"] == file_sha256(WEIGHTS / "model.safetensors")
+    assert info["kind"] == kind
+    gates = evaluate.load(kind).gates
+    assert len(gates) == info["num_layers"]
+    for gate in gates:
+        assert gate.linear1.weight.shape == (info["intermediate_size"], info["hidden_size"])
+        assert gate.bias.shape == (info["num_kv_heads"],)
+    shared = kind == "rg10"
+    assert (gates[0].bias is gates[1].bias) == shared
+
+
+def test_recall_in_bounded_memory(model) -> None:  # noqa: ANN001
+    ids, kinds = evaluate.recall_streams(seed=7, rows=6, length=1024)
+    full = evaluate.recall(model, bounded.full_cache(model, 1024, 6), ids, kinds)
+    kept = evaluate.recall(model, bounded.make_cache(model, CacheConfig(64, 32, 32), 6), ids, kinds)
+    window = evaluate.recall(model, bounded.make_cache(model, CacheConfig(64, 32, 32, sinks=4), 6, window=True), ids, kinds)
+    assert full > 0.9
+    assert kept > 0.8
+    assert window < 0.4
+
+
+def test_demo_text_is_long_and_asks_for_its_facts() -> None:
+    made = demo.demo_text(3000)
+    tokens = data.load_tokenizer().encode(made.text).ids
+    assert len(tokens) >= 3000
+    assert made == demo.demo_text(3000) != demo.demo_text(3000, seed=1)
+    head = made.text[:1500]
+    for question, answer in zip(made.questions, made.answers, strict=True):
+        assert answer[len("The ") : -1] in head
+        assert question.endswith("<|im_start|>assistant\n")
+
+
+def test_newest_value_wins_with_full_cache() -> None:
+    model = evaluate.load("rg")
+    rng = random.Random(11)
+    dialogues = [data.late_dialogue(rng, 400, 4, 4, updates=4) for _ in range(8)]
+    ids, kinds, _ = data.to_batch(rng, dialogues, 400, jump_share=0.0)
+    assert evaluate.recall(model, bounded.full_cache(model, 400, 8), ids, kinds) > 0.85
