@@ -16,6 +16,7 @@ are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids`
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram, export
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.export.executorch_attention import CacheMethod, Forward
 from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, PortableCache
+from trimkv_edge.export.executorch_check import check_program
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
 
@@ -57,6 +60,7 @@ def export_executorch(
 
     Raises:
         ConfigError: unknown ``ops``, or a setting that this target does not export.
+        VerificationError: the program would compute wrongly or copy the cache.
     """
     program = build_program(model, config, ops=ops, metadata=metadata, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,17 +102,19 @@ def build_program(
     say("executorch: lowering")
     lowered = to_edge_transform_and_lower(
         programs,
-        partitioner={name: _partitioners(ops) if name == "forward" else [] for name in programs},
+        partitioner={name: partitioners(ops) if name == "forward" else [] for name in programs},
         constant_methods=_constants(model, config, metadata or {}),
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
     )
     say("executorch: program")
-    return lowered.to_executorch(
+    program = lowered.to_executorch(
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
             emit_mutable_buffer_names=True,
         )
     )
+    check_program(program, ops)
+    return program
 
 
 def trace_methods(model: GatedModel, cache: ExportCache) -> dict[str, ExportedProgram]:
@@ -144,12 +150,30 @@ def _method(cache: ExportCache, name: str) -> nn.Module:
     return CacheMethod(cache, name)
 
 
-def _partitioners(ops: str) -> list[Any]:
+def partitioners(ops: str) -> list[Any]:
+    """What takes parts of ``forward`` over: XNNPACK, except for views of the cache and ``exp``; nothing for ``portable``."""
     if ops == "portable":
         return []
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import ExpConfig, ViewCopyConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    return [XnnpackPartitioner()]
+    class ActivationViews(ViewCopyConfig):  # type: ignore[misc]
+        """XNNPACK copies what it reshapes: a view of the cache in a delegate would copy the cache in every step."""
+
+        def check_constraints(self, node: torch.fx.Node, ep: ExportedProgram) -> bool:
+            return not _is_state(node.all_input_nodes[0]) and bool(super().check_constraints(node, ep))
+
+    # XNNPACK's exp is off by up to 4e-6 (relative, growing with |x|); it would blur the ranking of log-betas.
+    configs = [config for config in ALL_PARTITIONER_CONFIGS if config not in (ExpConfig, ViewCopyConfig)]
+    return [XnnpackPartitioner(configs=[*configs, ActivationViews])]
+
+
+def _is_state(node: torch.fx.Node) -> bool:
+    """Whether a value is a buffer, or what an operator that updates one (functional at this stage) returned."""
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" or isinstance(node.target, HigherOrderOperator)
 
 
 def _constants(model: GatedModel, config: CacheConfig, more: dict[str, int | list[int]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a ru
 ============== ======================================= ====================================================
 ``{i}.key``    float32 ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
 ``log_beta``   float32 ``[M + B, layers * kv_heads]``    column = layer * kv_heads + head; one write per step
-``positions``  int64 ``[layers * kv_heads, M]``          of the kept prefix; evict only (the ring's follow from ``seen``)
+``positions``  int64 ``[layers * kv_heads, M]``          of the kept prefix, evict only; the ring's follow from ``seen``
 ============== ======================================= ====================================================
 
 The decoder also reads ``input_ids`` int64 ``[1, T]``, ``position`` int64 ``[1]`` (of the first token) and

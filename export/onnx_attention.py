@@ -103,9 +103,7 @@ class StandardAttention(OnnxAttention):
         return (weights @ values).reshape(batch, heads, count, width).transpose(1, 2)
 
     def _write(self, past: Tensor, rows: Tensor) -> Tensor:
-        return onnx_ops.symbolic(
-            "ScatterND", (past, self._where, rows), dtype=past.dtype, shape=past.shape, version=18
-        )
+        return onnx_ops.symbolic("ScatterND", (past, self._where, rows), dtype=past.dtype, shape=past.shape, version=18)
 
 
 BACKENDS: dict[str, type[OnnxAttention]] = {"gqa": GroupQueryAttention, "standard": StandardAttention}

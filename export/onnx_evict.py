@@ -43,8 +43,8 @@ class _Evict(nn.Module):
         destination, source = plan_moves(keep, budget)
         by_slot = destination.transpose(0, 1)
         moved = log_beta.scatter(0, by_slot, log_beta.gather(0, source.transpose(0, 1)))
-        # The table of positions ends at the budget, so a leftover (a ring slot moved onto itself) repeats the row's first
-        # move instead; where nothing moves, the last kept slot is moved onto itself.
+        # The table of positions ends at the budget, so a leftover (a ring slot moved onto itself) repeats the row's
+        # first move instead; where nothing moves, the last kept slot is moved onto itself.
         inside = destination < budget
         first = inside[:, :1]
         to = torch.where(inside, destination, torch.where(first, destination[:, :1], budget - 1))
@@ -72,9 +72,7 @@ def evict_function(config: CacheConfig, rows: int) -> FunctionProto:
     args = (log_beta, positions, torch.tensor([config.slots]))
     # Folding without a limit would store a table of all slot numbers.
     model = trace(_Evict(config), args, inputs, outputs, OPSET, fold_limit=16).model_proto
-    constants = [
-        helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer
-    ]
+    constants = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
     nodes = [*constants, *model.graph.node]
     for node in nodes:
         node.ClearField("metadata_props")

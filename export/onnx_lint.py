@@ -84,11 +84,11 @@ class _Lines:
         slots = _IN_PLACE.get((writer.domain, writer.op_type))
         output = list(writer.output).index(present)
         if slots is None or output not in slots:
-            yield f"{present} is made by {_describe(writer)}, which cannot write in place: the whole tensor is copied"
+            yield f"{present} is made by {_describe(writer)}, which cannot write in place: all of it is copied"
             return
         target = writer.input[slots[output]]
         if target != past:
-            yield f"{present} is made by {_describe(writer)} from {target!r} instead of {past}: the whole tensor is copied"
+            yield f"{present} is made by {_describe(writer)} from {target!r} instead of {past}: all of it is copied"
         ancestors = self._ancestors(index)
         for reader in self._readers_of(past):
             if reader not in ancestors:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class _Rotary:
         batch, heads, count, width = x.shape
         rotated = 2 * cos.shape[-1]
         packed = x.transpose(1, 2).reshape(batch, count, heads * width)
-        attributes = {} if rotated == width else dict(rotary_embedding_dim=int(rotated), num_heads=int(heads))
+        attributes: dict[str, Any] = {} if rotated == width else dict(rotary_embedding_dim=int(rotated), num_heads=int(heads))
         out = onnx_ops.symbolic(
             "com.microsoft::RotaryEmbedding",
             (packed, start, cos, sin),

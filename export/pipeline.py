@@ -21,6 +21,7 @@ from trimkv_edge.models.source import ModelSource, find_source
 from trimkv_edge.budget import MemoryEstimate, ModelShape, check_fits, estimate_memory, parse_budget
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.eviction import POLICIES
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
 
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
@@ -77,6 +78,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     """
     if request.dtype != "float32":
         raise ConfigError(f"dtype {request.dtype!r} cannot be exported yet: use --dtype float32")
+    if request.policy not in POLICIES:
+        raise ConfigError(f"policy {request.policy!r} is not known; use one of {', '.join(POLICIES)}")
     ops = check_ops(request.targets, request.ops)
     source = find_source(request.model, request.weights, request.random_weights)
     choose_gates(source, request.gates)

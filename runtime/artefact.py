@@ -6,12 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimkv_edge.runtime.chat import TEMPLATE_FILE
-from trimkv_edge.runtime.tokenizer import TOKENIZER_FILE, TextTokenizer
-
 from trimkv_edge.budget import check_fits
 from trimkv_edge.errors import ArtefactError
 from trimkv_edge.manifest import Manifest, load_manifest
+from trimkv_edge.runtime.chat import TEMPLATE_FILE
+from trimkv_edge.runtime.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 
 @dataclass(frozen=True)

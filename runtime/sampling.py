@@ -76,8 +76,7 @@ class Sampler:
         if not np.isfinite(best):  # max() passes NaN on
             raise StateError(f"the model's highest logit is {best}: the artefact or the engine is broken")
         if seen is not None and self.params.repetition_penalty != 1.0:
-            penalty = self.params.repetition_penalty
-            scores = np.where(seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
+            scores = penalise(scores, seen, self.params.repetition_penalty)
         if self.params.temperature == 0.0:
             return int(scores.argmax())  # the first, that is lowest, of equal ones
         probabilities = filter_logits(scores, self.params)
@@ -85,6 +84,11 @@ class Sampler:
         # side="right" never lands on a token of probability 0, and the draw is below 1.
         token = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
         return min(token, int(probabilities.nonzero()[0][-1]))
+
+
+def penalise(scores: DoubleArray, seen: npt.NDArray[np.bool_], penalty: float) -> DoubleArray:
+    """Makes ``seen`` tokens less likely: positive logits are divided by ``penalty``, negative ones multiplied."""
+    return np.where(seen, np.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def filter_logits(scores: DoubleArray, params: SamplingParams) -> DoubleArray:

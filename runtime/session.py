@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from trimkv_edge.runtime.artefact import Artefact
-from trimkv_edge.runtime.engines import load_engine
-from trimkv_edge.runtime.sampling import Sampler, SamplingParams
-from trimkv_edge.runtime.statistics import SessionStatistics, peak_rss_bytes, rss_bytes
-from trimkv_edge.runtime.streaming import TextDecoder, TextStream
 
 from trimkv_edge.budget import ModelShape, cache_bytes
 from trimkv_edge.engine import Engine, FloatArray, IntArray
 from trimkv_edge.errors import ConfigError, PositionLimitError
+from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.engines import load_engine
+from trimkv_edge.runtime.interrupts import Uninterrupted
+from trimkv_edge.runtime.sampling import Sampler, SamplingParams
+from trimkv_edge.runtime.statistics import SessionStatistics, peak_rss_bytes, rss_bytes
+from trimkv_edge.runtime.streaming import TextDecoder, TextStream
 
 Progress = Callable[[int, int], None]
 _CONTEXT = 8  # newest tokens that the detokeniser sees of what came before
@@ -180,7 +181,8 @@ class Session:
 
     def _evict(self) -> None:
         started = perf_counter()
-        self.engine.evict()
+        with Uninterrupted():
+            self.engine.evict()
         self._event_s += perf_counter() - started
         self._events += 1
 

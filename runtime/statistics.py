@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -71,9 +73,22 @@ def rss_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """Most resident bytes this process ever had."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
+    now = psutil.Process().memory_info()
+    return max(int(now.rss), _high_water_mark() or int(getattr(now, "peak_wset", 0)))
 
+
+def _high_water_mark() -> int:
+    """0 where the system does not say."""
+    try:
+        # On Linux getrusage also counts the parent's memory at the time it started this process.
+        match = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

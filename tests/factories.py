@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, random_gates
 from trimkv_edge.models.rope import fix_rope

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from trimkv_edge.export.onnx import export_onnx
-from trimkv_edge.models.eager import EagerEngine
-from trimkv_edge.models.gated import GatedModel
-from trimkv_edge.runtime.engines.onnx import OnnxEngine
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine, FloatArray
+from trimkv_edge.export.onnx import export_onnx
 from trimkv_edge.manifest import ByteInfo, GateInfo, Manifest, ModelInfo, RopeInfo, Target
+from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.runtime.engines.onnx import OnnxEngine
 
 
 @dataclass

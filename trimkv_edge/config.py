@@ -60,8 +60,8 @@ class CacheConfig:
             )
         if self.sinks + self.recent > self.budget:
             raise BudgetError(
-                f"sinks ({self.sinks}) + recent ({self.recent}) protect more entries than the budget of {self.budget} holds: "
-                "lower them or raise --budget"
+                f"sinks ({self.sinks}) + recent ({self.recent}) protect more entries than the budget of {self.budget} "
+                "holds: lower them or raise --budget"
             )
 
     @property

@@ -86,10 +86,13 @@ class Engine(ABC):
         """Reads ``1 <= T <= min(room, prefill_chunk)`` tokens; returns the logits ``[vocab_size]`` after the last.
 
         Raises:
-            StateError: too many tokens for the chunk or the room, or a token outside the vocabulary.
+            StateError: too many tokens for the chunk or the room, a token outside the vocabulary, or no list of integers.
             PositionLimitError: the stream would pass ``position_limit``.
         """
-        ids = np.ascontiguousarray(tokens, dtype=np.int64).reshape(-1)
+        given = np.asarray(tokens)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise StateError(f"tokens of shape {given.shape} and type {given.dtype} given: give a list of integers")
+        ids = np.ascontiguousarray(given, dtype=np.int64)
         count = int(ids.size)
         allowed = min(self.room, self.config.prefill_chunk)
         if not 1 <= count <= allowed:
@@ -184,14 +187,16 @@ class Engine(ABC):
     def _check_kept(self, state: CacheState) -> None:
         """After the first event every head holds ``budget`` or more entries, the kept ones older than the ring."""
         live, budget = state.live, self.config.budget
-        if live < budget:
+        if live < budget or (state.seen - live) % self.config.buffer:
             raise StateError(
-                f"the state holds {live} entries per head after {state.seen} tokens, but a budget of {budget} keeps "
-                f"{budget}: load it with the settings it was made with"
+                f"the state holds {live} entries per head after {state.seen} tokens, which a budget of {budget} with a "
+                f"buffer of {self.config.buffer} never does: load it with the settings it was made with"
             )
         kept = np.sort(state.positions[..., :budget], axis=-1)
         if kept.min() < 0 or kept.max() >= state.seen - (live - budget) or not np.all(np.diff(kept, axis=-1) > 0):
-            raise StateError("the state's kept positions are not distinct positions before its ring: the state is damaged")
+            raise StateError(
+                "the state's kept positions are not distinct positions before its ring: the state is damaged"
+            )
 
     @abstractmethod
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:

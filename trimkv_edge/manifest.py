@@ -52,7 +52,7 @@ class GateInfo:
 
 @dataclass(frozen=True)
 class RopeInfo:
-    """``variant``: ``default``, ``short`` or ``long`` (LongRoPE factor set). ``position_limit``: first refused position."""
+    """``variant``: ``default``, ``short`` or ``long`` (LongRoPE factor set); ``position_limit``: first one refused."""
 
     __pydantic_config__ = _STRICT
     variant: str = "default"

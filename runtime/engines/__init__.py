@@ -11,10 +11,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from trimkv_edge.runtime.artefact import Artefact
-
 from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
+from trimkv_edge.runtime.artefact import Artefact
 
 
 class EngineEntry(NamedTuple):

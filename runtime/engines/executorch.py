@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -13,8 +17,6 @@ from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVErr
 from trimkv_edge.manifest import Manifest, Target
 
 _METHODS = ("forward", "evict", "reset", "read_kept", "write_kept", "read_state", "write_state")
-# Flatbuffer identifier of a program, ExecuTorch's extended header behind it, and the least size of both.
-_IDENTIFIER, _HEADER, _HEADER_END = b"ET", b"eh00", 32
 
 
 class ExecuTorchEngine(Engine):
@@ -48,11 +50,13 @@ class ExecuTorchEngine(Engine):
         if "program" not in target.files:
             raise ArtefactError(f"the executorch target of {folder} names no program file: export the artefact again")
         path = folder / target.files["program"]
-        _check_program(path)
-        self._torch, self._binding = _import_executorch(llama_ops=target.ops == "xnnpack")
-        if threads is not None:
-            _set_threads(self._binding, threads)
-        self._methods = self._load(path)
+        if not path.is_file():
+            raise ArtefactError(f"{path} is missing: export the artefact again or copy the whole folder")
+        with _native_log() as log:
+            self._torch, self._binding = _import_executorch(llama_ops=target.ops == "xnnpack")
+            if threads is not None:
+                _set_threads(self._binding, threads)
+            self._methods = self._load(path, log)
         self._position, self._live, self._seen = (np.zeros(1, np.int64) for _ in range(3))
         self._token = np.zeros((1, 1), np.int64)
         # These share the arrays' memory: a decode step makes no tensor.
@@ -65,22 +69,55 @@ class ExecuTorchEngine(Engine):
     def _rows(self) -> int:
         return self.num_layers * self.num_kv_heads
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def _load(self, path: Path, log: IO[bytes]) -> dict[str, Any]:
         """All methods now: loading one later would initialise buffers of those that have run."""
         try:
-            self._program = self._binding._load_program(str(path))
+            self._program = self._binding._load_program(
+                str(path), program_verification=self._binding.Verification.InternalConsistency
+            )
             names = {self._program.get_method_name(index) for index in range(self._program.num_methods())}
             missing = [name for name in _METHODS if name not in names]
             if missing:
                 raise ArtefactError(f"{path} has no method {missing[0]}: export it again with this version")
+            self._check_constants(path)
             return {name: self._program.load_method(name) for name in _METHODS}
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ArtefactError(f"{path} does not load in ExecuTorch ({reason}): copy or export it again") from error
+            log.seek(0)
+            lines = [*log.read().decode(errors="replace").splitlines(), str(error).splitlines()[0]]
+            reason = "; ".join(line for line in lines if "cpuinfo" not in line and line.strip())
+            raise ArtefactError(
+                f"{path} does not load in ExecuTorch ({reason}): copy the whole folder again or export it again"
+            ) from error
+
+    def _check_constants(self, path: Path) -> None:
+        config = self.config
+        for name, want in (
+            ("get_vocab_size", self.vocab_size),
+            ("get_n_layers", self.num_layers),
+            ("get_n_kv_heads", self.num_kv_heads),
+            ("get_head_dim", self.head_dim),
+            ("get_trimkv_budget", config.budget),
+            ("get_trimkv_buffer", config.buffer),
+            ("get_trimkv_prefill_chunk", config.prefill_chunk),
+            ("get_trimkv_sinks", config.sinks),
+            ("get_trimkv_recent", config.recent),
+        ):
+            found = self._program.load_method(name).call(())[0]
+            if found != want:
+                raise ArtefactError(
+                    f"{path} says {name} = {found}, but the manifest means {want}: "
+                    "files of two artefacts are mixed, export it again"
+                )
 
     def _run(self, name: str, inputs: tuple[Any, ...] = ()) -> list[Any]:
         """Outputs lie in the program's own memory, until its next call."""
-        outputs: list[Any] = self._methods[name].call(inputs, clone_outputs=False)
+        try:
+            outputs: list[Any] = self._methods[name].call(inputs, clone_outputs=False)
+        except RuntimeError as error:
+            # A step writes free slots only, so what counts as live is as it was.
+            raise StateError(
+                f"ExecuTorch failed in {name} ({error}): the step was not counted, repeat it or reset"
+            ) from error
         return outputs
 
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
@@ -123,13 +160,15 @@ class ExecuTorchEngine(Engine):
             log_beta[:, :, part] = outputs[2].reshape(block, *shape[:2]).transpose(1, 2, 0)
         return key, value, log_beta
 
-    def _write(self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int) -> None:
+    def _write(
+        self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
+    ) -> None:
         tensor, block = self._torch.from_numpy, self._block
         for start in self._blocks():
             part = slice(start, start + block)
+            shape = (self.num_layers, -1, self.head_dim)
             rows = (
-                np.ascontiguousarray(whole[:, :, part].transpose(0, 2, 1, 3)).reshape(self.num_layers, -1, self.head_dim)
-                for whole in (key, value)
+                np.ascontiguousarray(whole[:, :, part].transpose(0, 2, 1, 3)).reshape(shape) for whole in (key, value)
             )
             by_slot = np.ascontiguousarray(log_beta[:, :, part].transpose(2, 0, 1)).reshape(-1, 1)
             self._seen[0] = start
@@ -137,30 +176,39 @@ class ExecuTorchEngine(Engine):
         self._run("write_kept", (tensor(np.ascontiguousarray(kept).reshape(self._rows, -1)),))
 
 
-def _check_program(path: Path) -> None:
-    """The binding may end the process over a damaged file, so what the header says is compared with the file first."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            head = stream.read(_HEADER_END)
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read ({error.strerror}): copy or export the artefact again") from error
-    if len(head) < _HEADER_END or head[4:6] != _IDENTIFIER or head[8:12] != _HEADER:
-        raise ArtefactError(f"{path} is not an ExecuTorch program: copy or export the artefact again")
+@contextmanager
+def _native_log() -> Iterator[IO[bytes]]:
+    """What ExecuTorch's C++ side prints on standard error while it loads (CPU probing, reasons of a failure)."""
+    with tempfile.TemporaryFile() as log:
+        try:
+            saved = os.dup(2)
+        except OSError:  # no standard error at all
+            yield log
+            return
+        os.dup2(log.fileno(), 2)
+        try:
+            yield log
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def _import_executorch(llama_ops: bool) -> tuple[ModuleType, ModuleType]:
+    """torch and ExecuTorch's binding. The public wrapper, ``executorch.runtime``, would import the whole compiler."""
     try:
         import torch
-        from executorch.extension.pybindings import portable_lib
+        from executorch.extension.pybindings import _C as binding
 
-        if llama_ops:
-            import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the kernels)
-    except ImportError as error:
+        if llama_ops and "llama::custom_sdpa.out" not in binding._get_operator_names():
+            from executorch.extension.llm import custom_ops
+
+            (library,) = Path(custom_ops.__path__[0]).glob("*custom_ops_aot_lib.*")
+            torch.ops.load_library(library)
+    except (ImportError, ValueError) as error:
         raise TrimKVError(
             f"the executorch engine needs executorch and torch ({error}): pip install 'trimkv-edge[executorch]'"
         ) from error
-    return torch, portable_lib
+    return torch, binding
 
 
 def _set_threads(binding: ModuleType, threads: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -62,9 +61,8 @@ class OnnxEngine(Engine):
         self._evictor = self._load(folder, target, "evict", threads)
         rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
         shape = (1, self.num_kv_heads, slots, self.head_dim)
-        self._arrays: dict[str, Array] = {
-            f"{layer}.{kind}": np.zeros(shape, np.float32) for layer in range(self.num_layers) for kind in ("key", "value")
-        }
+        caches = [f"{layer}.{kind}" for layer in range(self.num_layers) for kind in ("key", "value")]
+        self._arrays: dict[str, Array] = {name: np.zeros(shape, np.float32) for name in caches}
         self._arrays["log_beta"] = np.zeros((slots, rows), np.float32)
         self._in_decoder = list(self._arrays)
         self._arrays["positions"] = np.zeros((rows, self.config.budget), np.int64)
@@ -102,9 +100,10 @@ class OnnxEngine(Engine):
         found = {node.name: node.shape for node in session.get_inputs()}
         for name in names:
             want = list(self._arrays[name].shape)
-            if found.get(f"past.{name}") != want:
+            have = found.get(f"past.{name}")
+            if have != want:
                 raise ArtefactError(
-                    f"{path} has input past.{name} of shape {found.get(f'past.{name}')}, but the manifest means {want}: "
+                    f"{path} has input past.{name} of shape {have}, but the manifest means {want}: "
                     "files of two artefacts are mixed, export it again"
                 )
 
@@ -150,7 +149,8 @@ class OnnxEngine(Engine):
         self._position[0], self._live_length[0] = position, live
         self._decoder.run_with_iobinding(binding)
         self._swap(self._in_decoder)
-        return self._logits[0, 0].copy()
+        logits: FloatArray = self._logits[0, 0].copy()
+        return logits
 
     def _evict(self, seen: int) -> None:
         self._seen[0] = seen
@@ -173,7 +173,9 @@ class OnnxEngine(Engine):
         by_slot = self._arrays["log_beta"].reshape(-1, self.num_layers, self.num_kv_heads)
         return key, value, by_slot.transpose(1, 2, 0)
 
-    def _write(self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int) -> None:
+    def _write(
+        self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
+    ) -> None:
         for layer in range(self.num_layers):
             self._arrays[f"{layer}.key"][0] = key[layer]
             self._arrays[f"{layer}.value"][0] = value[layer]
@@ -181,9 +183,9 @@ class OnnxEngine(Engine):
         self._arrays["positions"][:] = kept.reshape(-1, self.config.budget)
 
 
-def _import_onnxruntime() -> ModuleType:
+def _import_onnxruntime() -> Any:
     try:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
         raise TrimKVError(f"the onnx engine needs onnxruntime ({error}): pip install 'trimkv-edge[onnx]'") from error
     return onnxruntime

@@ -144,5 +144,5 @@ def test_format_bytes(count: int, text: str) -> None:
 
 
 def test_unknown_dtype() -> None:
-    with pytest.raises(ConfigError, match="'int3'.*float32"):
+    with pytest.raises(ConfigError, match=r"'int3'.*float32"):
         entry_bytes(SMALL, "int3")

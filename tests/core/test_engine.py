@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import gated_model
 from oracle import OracleCache
-from trimkv_edge.models.eager import EagerEngine
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, Engine
 from trimkv_edge.errors import PositionLimitError, StateError
 
-_spec = importlib.util.spec_from_file_location("list_engine", Path(__file__).with_name("list_engine.py"))
-assert _spec is not None
-assert _spec.loader is not None
-list_engine = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(list_engine)
-
-CONFIG = CacheConfig(6, 4, 3)
-MODEL = gated_model("qwen3-gqa")
+CONFIG = CacheConfig(6, 4, 3)  # what `make` of conftest.py uses unless told otherwise
 Make = Callable[..., Engine]
 TOKENS = np.random.default_rng(4).integers(3, 50, 60).tolist()
-
-
-@pytest.fixture(params=["list", "eager"])
-def make(request: pytest.FixtureRequest) -> Make:
-    if request.param == "list":
-        return lambda config=CONFIG, **more: list_engine.ListEngine(config, **more)
-    return lambda config=CONFIG, **more: EagerEngine(MODEL, config, **more)
 
 
 def feed(engine: Engine, tokens: list[int]) -> np.ndarray:
@@ -161,8 +143,8 @@ def test_position_limit(make: Make) -> None:
     np.testing.assert_array_equal(feed(engine, TOKENS[:12]), feed(make(), TOKENS[:12]))
 
 
-def test_a_stream_may_end_at_the_last_exact_float32_position() -> None:
-    engine = list_engine.ListEngine(CONFIG)
+def test_a_stream_may_end_at_the_last_exact_float32_position(make: Make) -> None:
+    engine = make()
     feed(engine, TOKENS[:9])
     state = engine.state()
     ahead = 2**24 - 1 - state.seen

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,12 @@ import pytest
 import torch
 from factories import gated_model, random_tokens
 from onnx_artefact import Artefact, feed, make_artefact, same, spread_gates
-from trimkv_edge.export.onnx import export_onnx
-from trimkv_edge.export.onnx_evict import evict_model
-from trimkv_edge.export.onnx_lint import lint
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.export.onnx import export_onnx
+from trimkv_edge.export.onnx_evict import evict_model
+from trimkv_edge.export.onnx_lint import lint
 
 CONFIG = CacheConfig(budget=24, buffer=8, prefill_chunk=8)
 CASES = [
@@ -30,6 +32,15 @@ CASES = [
     ("phi3-longrope", "rg", "gqa"),
 ]
 SIZES = (8, 3, 1, 1, 5, 8, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +137,8 @@ def test_oldest_leave_first_on_ties(tmp_path: Path) -> None:
     for gate in model.gates:
         for parameter in gate.parameters():
             parameter.data.zero_()
-        gate.bias.data = torch.tensor([60.0, 120.0])  # log-beta -8.8e-27 and, in float32, -0: all scores of head 1 equal
+        # log-beta is -8.8e-27 and, in float32, -0: all scores of head 1 are equal.
+        gate.bias.data = torch.tensor([60.0, 120.0])
     artefact = make_artefact(tmp_path, model, CONFIG)
     engine = artefact.onnx()
     feed(engine, random_tokens(75), (8, 1))
@@ -149,8 +161,7 @@ def test_sinks_and_recent(artefact: Artefact, tmp_path: Path) -> None:
     config = CacheConfig(budget=24, buffer=8, prefill_chunk=8, sinks=2, recent=3)
     folder = shutil.copytree(artefact.folder, tmp_path / "protected")
     onnx.save(evict_model(config, 2, 2, artefact.model.head_dim), folder / "evict.onnx")
-    manifest = make_protected(artefact, config)
-    protected = Artefact(folder, artefact.model, manifest, artefact.target)
+    protected = Artefact(folder, artefact.model, replace(artefact.manifest, cache=config), artefact.target)
     eager, exported = protected.eager(), protected.onnx()
     tokens = random_tokens(24 + 8 * 6)
     for engine in (eager, exported):
@@ -159,12 +170,6 @@ def test_sinks_and_recent(artefact: Artefact, tmp_path: Path) -> None:
     np.testing.assert_array_equal(eager.survivors(), exported.survivors())
     must = {0, 1, *range(exported.seen - 3, exported.seen)}
     assert all(must <= set(row) for row in exported.survivors().reshape(4, -1).tolist())
-
-
-def make_protected(artefact: Artefact, config: CacheConfig):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    return replace(artefact.manifest, cache=config)
 
 
 def decoder_of(artefact: Artefact) -> onnx.ModelProto:
@@ -210,7 +215,8 @@ def test_nothing_local_is_left_in_the_files(artefact: Artefact) -> None:
     for name in ("decoder.onnx", "evict.onnx"):
         content = (artefact.folder / name).read_bytes()
         assert b".py" not in content
-    assert sorted(path.name for path in artefact.folder.iterdir()) == ["decoder.onnx", "decoder.onnx.data", "evict.onnx"]
+    names = sorted(path.name for path in artefact.folder.iterdir())
+    assert names == ["decoder.onnx", "decoder.onnx.data", "evict.onnx"]
 
 
 def test_export_rejects_what_it_cannot_do(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from trimkv_edge.export.onnx_evict import evict_model
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.eviction import event_positions, plan_moves, select_survivors
+from trimkv_edge.export.onnx_evict import evict_model
 
 LAYERS, HEADS, WIDTH = 2, 3, 5
 CONFIGS = [

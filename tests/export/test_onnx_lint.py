@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
+
 from trimkv_edge.export.onnx_lint import lint, lint_standard
 
 node = helper.make_node
 
 
-def graph(*nodes: NodeProto, past: tuple[str, ...] = ("x",), present: tuple[str, ...] = ("x",), **more: list[int]) -> ModelProto:
+def graph(
+    *nodes: NodeProto, past: tuple[str, ...] = ("x",), present: tuple[str, ...] = ("x",), **more: list[int]
+) -> ModelProto:
     """State tensors ``[4, 2]``, an index ``[1, 1]``, a row ``[1, 2]`` and an extra output ``y``."""
     value = helper.make_tensor_value_info
     inputs = [value(f"past.{name}", TensorProto.FLOAT, [4, 2]) for name in past]
@@ -68,9 +71,7 @@ def test_hazards_are_found(bad: ModelProto, finding: str) -> None:
 
 def test_hazard_inside_a_function_is_found() -> None:
     body = [write("a", "b"), node("Neg", ["a"], ["c"])]
-    function = helper.make_function(
-        "mine", "Bad", ["a", "at", "row"], ["b", "c"], body, [helper.make_opsetid("", 18)]
-    )
+    function = helper.make_function("mine", "Bad", ["a", "at", "row"], ["b", "c"], body, [helper.make_opsetid("", 18)])
     model = graph(node("Bad", ["past.x", "at", "row"], ["present.x", "y"], domain="mine"))
     model.functions.append(function)
     model.opset_import.append(helper.make_opsetid("mine", 1))
@@ -93,9 +94,7 @@ def test_foreign_operators_are_found() -> None:
 def test_attention_must_return_the_cache_it_read() -> None:
     def attention(key: str, value: str) -> ModelProto:
         names = ["q", "q", "q", key, value, "n", "n"]
-        made = node(
-            "GroupQueryAttention", names, ["y", "present.k", "present.v"], domain="com.microsoft", num_heads=1
-        )
+        made = node("GroupQueryAttention", names, ["y", "present.k", "present.v"], domain="com.microsoft", num_heads=1)
         return graph(node("Neg", ["row"], ["q"]), node("Neg", ["at"], ["n"]), made, past=("k", "v"), present=("k", "v"))
 
     assert lint(attention("past.k", "past.v")) == []

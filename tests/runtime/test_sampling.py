@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trimkv_edge.runtime.sampling import Sampler, SamplingParams, filter_logits
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from trimkv_edge.errors import ConfigError, StateError
+from trimkv_edge.runtime.sampling import Sampler, SamplingParams, filter_logits, penalise
 
 # Probabilities 0.5, 0.25, 0.125, 0.125 in this order of ids.
 HALVES = np.log([0.125, 0.5, 0.125, 0.25])
@@ -59,6 +68,26 @@ def test_filters_agree_with_brute_force(
     params = SamplingParams(temperature, top_k, top_p, min_p)
     found = filter_logits(np.array(logits), params)
     np.testing.assert_allclose(found, brute_force(logits, params), rtol=1e-12, atol=0)
+
+
+@given(seed=st.integers(0, 2**32), top_k=st.integers(1, 60), top_p=st.floats(0.05, 0.99), min_p=st.floats(0.001, 0.5))
+@settings(max_examples=50, deadline=None)
+def test_filters_agree_with_transformers(seed: int, top_k: int, top_p: float, min_p: float) -> None:
+    random = np.random.default_rng(seed)
+    logits, prompt = random.normal(size=50) * 3, random.integers(0, 50, 8)
+    chain = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(min(top_k, 50)),
+            TopPLogitsWarper(top_p),
+            MinPLogitsWarper(min_p),
+        ]
+    )
+    want = chain(torch.from_numpy(prompt)[None], torch.from_numpy(logits)[None])[0].softmax(-1).numpy()
+    params = SamplingParams(0.7, top_k, top_p, min_p, repetition_penalty=1.3)
+    seen = np.isin(np.arange(50), prompt)
+    np.testing.assert_allclose(filter_logits(penalise(logits, seen, 1.3), params), want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from text_tokenizers import byte_fallback, byte_level
-from trimkv_edge.runtime.streaming import Detokenizer, StopStrings, TextStream
 
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.runtime.streaming import Detokenizer, StopStrings, TextStream
 
 BYTE_LEVEL, BYTE_FALLBACK = byte_level(), byte_fallback()
 TOKENIZERS = {"byte-level": BYTE_LEVEL, "byte-fallback": BYTE_FALLBACK}

@@ -63,7 +63,7 @@ def _debug() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keeps what torch, ExecuTorch and transformers say about themselves off the terminal, unless TRIMKV_DEBUG is set."""
+    """Keeps notices of torch, ExecuTorch and transformers off the terminal, unless TRIMKV_DEBUG is set."""
     if _debug():
         return
     warnings.filterwarnings("ignore")

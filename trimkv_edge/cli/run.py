@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = build_parser().parse_args(argv)
+    # Intermixed, so that the "-" may stand anywhere among the options.
+    args = build_parser().parse_intermixed_args(argv)
     run_cli(lambda: _run(args))
 
 

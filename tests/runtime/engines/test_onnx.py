@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from factories import gated_model, random_tokens
 from onnx_artefact import Artefact, feed, make_artefact, spread_gates
-from trimkv_edge.runtime.engines.onnx import OnnxEngine
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
+from trimkv_edge.runtime.engines.onnx import OnnxEngine
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,17 @@
-"""An engine of Python lists: the smallest honest implementation of the Engine contract."""
+"""Engines for the tests of the Engine contract: one of Python lists, and the eager torch engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
+from factories import gated_model
 from oracle import OracleCache
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.models.eager import EagerEngine
 
 LAYERS, HEADS, DIM, VOCAB = 2, 2, 4, 50
 
@@ -78,3 +83,13 @@ class ListEngine(Engine):
                 position = int(kept[layer, head, slot]) if slot < kept.shape[-1] else seen - live + slot
                 row = (layer, head, slot)
                 self.oracle.append(layer, head, position, float(log_beta[row]), key[row].copy(), value[row].copy())
+
+
+@pytest.fixture(params=["list", "eager"])
+def make(request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """Makes fresh engines of one kind and model: ``make(config, position_limit=...)``."""
+    config = CacheConfig(6, 4, 3)
+    if request.param == "list":
+        return lambda settings=config, **more: ListEngine(settings, **more)
+    model = gated_model("qwen3-gqa")
+    return lambda settings=config, **more: EagerEngine(model, settings, **more)

@@ -1,0 +1,92 @@
+"""The command as a user meets it: one line and exit code 2 for bad input, 130 for Ctrl-C, nothing half-written."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from factories import base_config
+
+COMMAND = [sys.executable, "-m", "trimkv_edge.cli.export"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    base_config("qwen3-gqa").save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+
+def test_help_teaches(tmp_path: Path) -> None:
+    shown = run("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    for part in ("--budget", "examples:", "what would it cost?", "--random-weights"):
+        assert part in shown.stdout
+
+
+def test_dry_run_estimates_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(model), "--random-weights", "--budget", "100KB", "--buffer", "16", "--dry-run")
+    shown = run(*arguments, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    # (102400 - 16 x 4 x 260) // (4 x 260 + 4 x 8) entries.
+    assert "80 kept + 16 new entries per head" in shown.stdout
+    assert "to export about" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "12"], "smaller than one prefill chunk"),
+        (["--buffer", "64", "--prefill-chunk", "128"], "prefill chunk 128 is larger than the buffer 64"),
+        (["--budget", "900GB"], "of memory are available"),
+        (["--budget", "lots"], "neither entries per head (512) nor a size"),
+        (["--buffer", "0"], "buffer is 0"),
+        (["--target", "coreml"], "target 'coreml' is not known"),
+        (["--gates", "none.safetensors"], "no gate file at none.safetensors"),
+        (["--rope", "long"], "needs a LongRoPE model"),
+        (["--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    shown = run("--model", str(model), "--random-weights", *arguments, cwd=tmp_path)
+    assert shown.returncode == 2
+    errors = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in shown.stderr
+    assert not any((tmp_path / "artefacts").glob("*"))
+
+
+def test_unknown_models_say_what_to_give(tmp_path: Path) -> None:
+    shown = run("--model", "gpt-5", cwd=tmp_path)
+    assert shown.returncode == 2
+    assert "known names: tiny, phi-3-mini" in shown.stderr
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    shown = run("--model", ".", cwd=tmp_path)
+    assert shown.returncode == 2
+    assert "'bert' is not supported; supported families" in shown.stderr
+
+
+def test_ctrl_c_during_export_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    arguments = [*COMMAND, "--model", str(model), "--random-weights", "--budget", "128", "-o", str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "exporting to executorch" in line:
+                break
+        time.sleep(2)
+        assert any(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "interrupted"
+    assert list(tmp_path.iterdir()) == []
