@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from trimkv_edge.engine import Engine
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export, tool_versions
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import load_engine
-
-from trimkv_edge.engine import Engine
 
 RESULTS = Path(__file__).parent / "results"
 ENGINES = ("executorch", "onnx")

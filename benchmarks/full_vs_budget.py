@@ -14,10 +14,10 @@ import time
 from typing import Any
 
 from common import ENGINES, exported, feed, median, open_engine, parser, save
-from trimkv_edge.models.tiny.data import ANSWER, Dialogue, late_dialogue
 
 from trimkv_edge.engine import Engine
 from trimkv_edge.manifest import load_manifest
+from trimkv_edge.models.tiny.data import ANSWER, Dialogue, late_dialogue
 
 
 def answered(engine: Engine, dialogue: Dialogue) -> tuple[int, int]:

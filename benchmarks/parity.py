@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from factories import base_config
 from oracle_model import OracleModel
+
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.loading import load_model

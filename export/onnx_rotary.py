@@ -39,7 +39,9 @@ class _Rotary:
         batch, heads, count, width = x.shape
         rotated = 2 * cos.shape[-1]
         packed = x.transpose(1, 2).reshape(batch, count, heads * width)
-        attributes: dict[str, Any] = {} if rotated == width else dict(rotary_embedding_dim=int(rotated), num_heads=int(heads))
+        attributes: dict[str, Any] = (
+            {} if rotated == width else dict(rotary_embedding_dim=int(rotated), num_heads=int(heads))
+        )
         out = onnx_ops.symbolic(
             "com.microsoft::RotaryEmbedding",
             (packed, start, cos, sin),

@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from trimkv_edge.export.targets import TARGETS, check_ops
-from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
-from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
-from trimkv_edge.models.eager import EagerEngine
-from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
-from trimkv_edge.models.source import ModelSource, find_source
-
 from trimkv_edge.budget import MemoryEstimate, ModelShape, check_fits, estimate_memory, parse_budget
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import POLICIES
+from trimkv_edge.export.targets import TARGETS, check_ops
+from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
+from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
+from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
+from trimkv_edge.models.source import ModelSource, find_source
 
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimkv_edge.models.gated import GatedModel
-
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.manifest import Target, TokenizerInfo
+from trimkv_edge.models.gated import GatedModel
 
 ExportFn = Callable[[GatedModel, CacheConfig, Path, str, TokenizerInfo | None], Target]
 

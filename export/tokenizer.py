@@ -36,7 +36,8 @@ def copy_tokenizer(source: Path | None, folder: Path, config: Any) -> TokenizerI
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > config.vocab_size:
         raise ModelError(
-            f"tokenizer mismatch: {source / 'tokenizer.json'} has {size} tokens, but the model only {config.vocab_size}: "
+            f"tokenizer mismatch: {source / 'tokenizer.json'} has {size} tokens, but the model only "
+            f"{config.vocab_size}: "
             "use the tokenizer that belongs to the model"
         )
     if not (folder / "chat_template.jinja").is_file():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from trimkv_edge.models.gated import GatedModel, chunk_positions
 
 from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.models.gated import GatedModel, chunk_positions
 
 
 class EagerEngine(Engine):

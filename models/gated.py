@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
 from trimkv_edge.models.attention import ATTENTION_NAME, BACKEND_KEYWORD, AttentionBackend, attach_gates
 
 

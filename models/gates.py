@@ -51,7 +51,7 @@ def random_gates(kind: str, shape: GateShape, intermediate_size: int, seed: int)
 
 
 def save_gates(gates: nn.ModuleList, path: Path, info: dict[str, Any]) -> None:
-    """Writes ``path`` (safetensors, the published key names; shared tensors once per layer) and ``path`` as ``.json``."""
+    """Writes ``path`` (safetensors, published key names; shared tensors once per layer) and its ``.json``."""
     tensors = {
         f"model.layers.{layer}.self_attn.retention_gate.{name}": tensor.detach().clone().contiguous()
         for layer, gate in enumerate(gates)

@@ -10,13 +10,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
+
+from trimkv_edge.errors import ConfigError, ModelError
+from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, random_gates
 from trimkv_edge.models.rope import fix_rope
 from trimkv_edge.models.source import ModelSource
-
-from trimkv_edge.errors import ConfigError, ModelError
-from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
 from trimkv_edge.retention import GATE_KINDS
 
 
@@ -106,7 +106,9 @@ def _load_base(source: ModelSource, seed: int) -> PreTrainedModel:
             source.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"weights in {source.folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(
+            f"weights in {source.folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     if report["missing_keys"]:
         first = sorted(report["missing_keys"])[0]
         raise ModelError(f"weights in {source.folder} lack {len(report['missing_keys'])} tensors, {first} among them")

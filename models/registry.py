@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimkv_edge.errors import ModelError
 from trimkv_edge.models import llama, phi3, qwen3
 from trimkv_edge.models.family import Family
-
-from trimkv_edge.errors import ModelError
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

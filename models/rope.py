@@ -23,7 +23,7 @@ def fix_rope(base: Any, choice: str = "auto") -> RopeInfo:
 
     Args:
         base: the causal LM.
-        choice: for LongRoPE models ``short``, ``long`` or ``auto`` (= ``long``: streams have no end); ``auto`` otherwise.
+        choice: for LongRoPE models ``short``, ``long`` or ``auto`` (= ``long``: streams have no end); else ``auto``.
 
     Returns:
         what was chosen, and the first position it is not right for (``short``: the original training length).

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from trimkv_edge.models.family import Family
-from trimkv_edge.models.registry import MODELS, family_of
 
 from trimkv_edge.budget import ModelShape
 from trimkv_edge.errors import ModelError
 from trimkv_edge.manifest import file_sha256
+from trimkv_edge.models.family import Family
+from trimkv_edge.models.registry import MODELS, family_of
 
 TINY = Path(__file__).parent / "tiny"
 _WEIGHTS = "model*.safetensors"
@@ -128,7 +128,8 @@ def _download(name: str, repo: str, named: bool) -> Path:
         also = ", or --random-weights for shape work" if named else ""
         raise ModelError(
             f"--model {name}: {repo!r} is neither in the local hub cache nor can it be downloaded now "
-            f"({type(error).__name__}): give --weights DIR, a folder with config.json, *.safetensors and tokenizer files{also}"
+            f"({type(error).__name__}): give --weights DIR, a folder with config.json, *.safetensors and "
+            f"tokenizer files{also}"
         ) from error
 
 

@@ -78,7 +78,9 @@ def test_unknown_models_say_what_to_give(tmp_path: Path) -> None:
 
 def test_ctrl_c_during_export_leaves_nothing(model: Path, tmp_path: Path) -> None:
     arguments = [*COMMAND, "--model", str(model), "--random-weights", "--budget", "128", "-o", str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "exporting to executorch" in line:

@@ -145,13 +145,12 @@ def test_position_limit(make: Make) -> None:
 
 def test_a_stream_may_end_at_the_last_exact_float32_position(make: Make) -> None:
     engine = make()
-    feed(engine, TOKENS[:9])
+    feed(engine, TOKENS[:7])  # a multiple of the buffer away from 2**24 - 1
     state = engine.state()
     ahead = 2**24 - 1 - state.seen
     engine.load_state(replace(state, seen=state.seen + ahead, positions=state.positions + ahead))
     engine.decode(3)
     assert engine.survivors().max() == 2**24 - 1
-    engine.evict()
     refused(engine, PositionLimitError, "16777216.*16777215", lambda: engine.decode(3))
 
 

@@ -29,6 +29,7 @@ CASES = [
     ("llama-gqa", "rg", "standard"),
     ("phi3-mha", "rg", "gqa"),
     ("phi3-partial-rotary", "rg10", "standard"),
+    ("phi3-partial-rotary", "rg10", "gqa"),
     ("phi3-longrope", "rg", "gqa"),
 ]
 SIZES = (8, 3, 1, 1, 5, 8, 1)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from factories import CONFIGS, LONGROPE_ORIGINAL, base_model, gated_model, random_tokens
 from oracle_model import OracleModel
-from trimkv_edge.models.eager import EagerEngine
-from trimkv_edge.models.gated import chunk_positions
 
 from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import StateError
+from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.gated import chunk_positions
 
 ROOMY = CacheConfig(budget=96, buffer=32, prefill_chunk=32)
 

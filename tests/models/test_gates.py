@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trimkv_edge.models.gates import GateShape, load_gates, random_gates, save_gates
 
 from trimkv_edge.errors import ModelError
+from trimkv_edge.models.gates import GateShape, load_gates, random_gates, save_gates
 
 SHAPE = GateShape(num_layers=3, hidden_size=16, num_kv_heads=2, act="silu")
 

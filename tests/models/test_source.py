@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from factories import base_config, base_model
+
+from trimkv_edge.errors import ConfigError, ModelError
 from trimkv_edge.models.loading import load_model
 from trimkv_edge.models.registry import MODELS
 from trimkv_edge.models.source import find_source
-
-from trimkv_edge.errors import ConfigError, ModelError
 
 # Parameters of the published checkpoints, from their model cards, in millions.
 PUBLISHED = {
