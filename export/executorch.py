@@ -151,7 +151,7 @@ def _method(cache: ExportCache, name: str) -> nn.Module:
 
 
 def partitioners(ops: str) -> list[Any]:
-    """What takes over parts of ``forward``: XNNPACK, but for views of the cache and ``exp``; nothing in ``portable``."""
+    """What takes over parts of ``forward``: XNNPACK, but for views of the cache and ``exp``; ``portable``: nothing."""
     if ops == "portable":
         return []
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS

@@ -86,7 +86,7 @@ class Engine(ABC):
         """Reads ``1 <= T <= min(room, prefill_chunk)`` tokens; returns the logits ``[vocab_size]`` after the last.
 
         Raises:
-            StateError: too many tokens for the chunk or the room, a token outside the vocabulary, or no list of integers.
+            StateError: too many tokens for the chunk or the room, one outside the vocabulary, or no list of integers.
             PositionLimitError: the stream would pass ``position_limit``.
         """
         given = np.asarray(tokens)

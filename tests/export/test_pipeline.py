@@ -77,7 +77,7 @@ def test_the_artefact_decodes_like_eager(artefact: Path, model: Path, name: str)
 
 
 def test_an_existing_output_is_kept_unless_forced(artefact: Path, model: Path) -> None:
-    with pytest.raises(ConfigError, match="exists: choose another -o or give --force"):
+    with pytest.raises(ConfigError, match=r"exists: choose another -o or give --force"):
         plan_export(request_for(model, artefact))
     before = (artefact / "manifest.json").read_text()
     plan_export(request_for(model, artefact, force=True))
@@ -107,7 +107,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("faulty")
 def test_a_failed_verification_writes_nothing(model: Path, tmp_path: Path) -> None:
     plan = plan_export(request_for(model, tmp_path / "new", targets=("executorch",)))
-    with pytest.raises(VerificationError, match="survivors differ.*nothing was written"):
+    with pytest.raises(VerificationError, match=r"survivors differ.*nothing was written"):
         run_export(plan, lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m" / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}})
     )
-    with pytest.raises(ModelError, match="tokenizer mismatch.* 500 tokens, but the model only 320"):
+    with pytest.raises(ModelError, match=r"tokenizer mismatch.* 500 tokens, but the model only 320"):
         run_export(plan_export(request_for(tmp_path / "m", tmp_path / "out")), lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

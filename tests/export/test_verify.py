@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from factories import gated_model, random_tokens
-from trimkv_edge.export.verify import MIN_EVENTS, ParityReport, check, compare, load_tolerance, stream_plan
-from trimkv_edge.models.eager import EagerEngine
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, FloatArray, IntArray
 from trimkv_edge.errors import VerificationError
+from trimkv_edge.export.verify import MIN_EVENTS, ParityReport, check, compare, load_tolerance, stream_plan
+from trimkv_edge.models.eager import EagerEngine
 
 CONFIG = CacheConfig(budget=16, buffer=8, prefill_chunk=8)
 PLAN = stream_plan(16, 8, 8)

@@ -182,8 +182,8 @@ def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[st
         size = sum(manifest.files[file].bytes for file in target.files.values())
         parity = target.parity
         lines.append(
-            f"  {name:<11} {format_bytes(size):>9}  same survivors ({parity['survivors']} over {parity['events']} events), "
-            f"same greedy tokens ({parity['steps']}), logits within {parity['max_logit_diff']:.0e}"
+            f"  {name:<11} {format_bytes(size):>9}  same survivors ({parity['survivors']} over {parity['events']} "
+            f"events), same greedy tokens ({parity['steps']}), logits within {parity['max_logit_diff']:.0e}"
         )
         if parity["undecidable"]:
             lines.append(f"  {'':<11} {parity['undecidable']} survivors had scores too close for float32 to rank")

@@ -1,0 +1,49 @@
+"""Reads many streams in step through the reference cache, and scores what is predicted: the engine of `evaluate`."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trimkv_edge.cache import StaticCache
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.models.gated import GatedModel
+
+
+class WindowCache(StaticCache):
+    """The sinks + window baseline (StreamingLLM's choice of entries): equal retention everywhere, so the oldest leave first."""
+
+    def retain(self, layer: int, log_beta: Tensor) -> None:
+        """Ignores the gates."""
+        super().retain(layer, torch.full_like(log_beta, -1.0))
+
+
+def make_cache(model: GatedModel, config: CacheConfig, rows: int, window: bool = False) -> StaticCache:
+    """An empty cache for `rows` streams."""
+    shape = model.config
+    kind = WindowCache if window else StaticCache
+    return kind(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim, batch=rows)
+
+
+def full_cache(model: GatedModel, tokens: int, rows: int, chunk: int = 128) -> StaticCache:
+    """A cache that holds all of `tokens`: nothing is ever evicted from it."""
+    return make_cache(model, CacheConfig(budget=tokens, buffer=chunk, prefill_chunk=chunk), rows)
+
+
+@torch.no_grad()
+def read(model: GatedModel, cache: StaticCache, ids: Tensor, gap: int = 0) -> Iterator[Tensor]:
+    """Feeds ids [R, T] chunk by chunk, with an eviction whenever the slots are full; yields logits [R, t, V] per chunk.
+
+    Args:
+        gap: positions by which the stream has moved on without being read, beyond `cache.seen`. RoPE sees it, ages do not.
+    """
+    start = 0
+    while start < ids.shape[1]:
+        step = min(cache.config.prefill_chunk, cache.config.slots - cache.live)
+        part = ids[:, start : start + step]
+        positions = (torch.arange(part.shape[1]) + cache.seen + gap).unsqueeze(0)
+        yield model(part, positions, cache, last_only=False)
+        cache.advance(part.shape[1])
+        if cache.live == cache.config.slots:
+            cache.evict()
+        start += part.shape[1]

@@ -1,0 +1,48 @@
+"""Attention backends of training: whole rows at once, no cache (see `trimkv_edge.models.attention.AttentionBackend`)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimkv_edge.training.losses import decay_bias
+
+
+class FullAttention:
+    """Plain causal attention by index: what the frozen model does with its full cache.
+
+    transformers' own mask code is no substitute where positions jump: it takes a jump for the start of another packed document.
+    """
+
+    def retain(self, layer: int, log_beta: Tensor) -> None:
+        """Retention plays no part here."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [B,Hq,T,D], key and value [B,H,T,D] -> [B,T,Hq,D]."""
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+
+class DecayedAttention:
+    """Retention-gated attention (TRIM-KV, equation 3).
+
+    Args:
+        index: int64 [B,T], see `trimkv_edge.training.losses`.
+
+    Attributes:
+        log_beta: the layers' log-betas of this pass, each [B,T,H], for the capacity loss.
+    """
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self.log_beta: dict[int, Tensor] = {}
+
+    def retain(self, layer: int, log_beta: Tensor) -> None:
+        """Takes the log-betas of the rows."""
+        self.log_beta[layer] = log_beta
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [B,Hq,T,D], key and value [B,H,T,D] -> [B,T,Hq,D]."""
+        groups = query.shape[1] // key.shape[1]
+        bias = decay_bias(self.log_beta[layer], self.index, groups)
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).transpose(1, 2)
