@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from trimkv_edge.budget import ModelShape, format_bytes, full_cache_bytes
 from trimkv_edge.cli.common import quiet_libraries, run_cli
 from trimkv_edge.cli.export import main as trimkv_export
-from trimkv_edge.models.tiny.demo import Demo, demo_text
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.session import Session
 from trimkv_edge.runtime.statistics import rss_bytes
+
+if TYPE_CHECKING:
+    from trimkv_edge.models.tiny.demo import Demo
 
 
 def read(session: Session, tokens: list[int], name: str) -> list[tuple[int, int]]:
@@ -75,6 +78,8 @@ def describe(artefact: Artefact, samples: list[tuple[int, int]]) -> None:
 def run(args: argparse.Namespace) -> None:
     """The demonstration."""
     quiet_libraries()
+    from trimkv_edge.models.tiny.demo import demo_text
+
     if not (args.artefact / "manifest.json").is_file():
         trimkv_export(
             ["--model", "tiny", "--budget", str(args.budget), "--gates", args.gates, "-o", str(args.artefact)]
@@ -104,7 +109,7 @@ def main() -> None:
     parser.add_argument("--artefact", type=Path, default=Path("artefacts/tiny"), help="made if it is not there")
     parser.add_argument("--tokens", type=int, default=100_000, help="length of the text (default 100000)")
     parser.add_argument("--budget", type=int, default=128, help="entries per head of a new artefact (default 128)")
-    parser.add_argument("--gates", default="rg", help="rg or rg10, of a new artefact (default rg)")
+    parser.add_argument("--gates", default="rg10", help="rg or rg10, of a new artefact (default rg10)")
     args = parser.parse_args()
     run_cli(lambda: run(args))
 
