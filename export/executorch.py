@@ -16,9 +16,12 @@ are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids`
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +92,21 @@ def build_program(
         raise ConfigError(f"lookahead {config.lookahead} cannot be exported to executorch yet: use lookahead 1")
     if config.policy != "per-head":
         raise ConfigError(f"policy {config.policy!r} cannot be exported to executorch yet: use per-head")
+    with _quiet():
+        program = _lower(model, config, ops, metadata or {}, progress or (lambda _: None))
+    check_program(program, ops)
+    return program
+
+
+def _lower(
+    model: GatedModel, config: CacheConfig, ops: str, metadata: dict[str, int | list[int]], say: Callable[[str], None]
+) -> Any:
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
-    say = progress or (lambda _: None)
-    shape = model.config
     if ops == "xnnpack":
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the operators)
+    shape = model.config
     cache = CACHES[ops](config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
     say("executorch: graphs")
     programs = trace_methods(model.eval(), cache)
@@ -103,18 +114,32 @@ def build_program(
     lowered = to_edge_transform_and_lower(
         programs,
         partitioner={name: partitioners(ops) if name == "forward" else [] for name in programs},
-        constant_methods=_constants(model, config, metadata or {}),
+        constant_methods=_constants(model, config, metadata),
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
     )
     say("executorch: program")
-    program = lowered.to_executorch(
+    return lowered.to_executorch(
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
             emit_mutable_buffer_names=True,
         )
     )
-    check_program(program, ops)
-    return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch, torchao and ExecuTorch say about each other's deprecations and missing CUDA libraries."""
+    noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
 
 
 def trace_methods(model: GatedModel, cache: ExportCache) -> dict[str, ExportedProgram]:

@@ -33,6 +33,9 @@ class ExportCache(nn.Module):
         layers, heads, head_dim: shape of the model; ``heads`` are KV heads.
     """
 
+    kept: Tensor
+    log_beta: Tensor
+
     def __init__(self, config: CacheConfig, layers: int, heads: int, head_dim: int) -> None:
         super().__init__()
         self.config = config

@@ -13,6 +13,7 @@ import torch
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.models.tiny import bounded, data
 from trimkv_edge.models.tiny.tokenizer import load_tokenizer
+from trimkv_edge.models.tiny.words import VALUES
 from trimkv_edge.retention import GATE_KINDS
 
 END = "<|im_end|>\n"
@@ -45,7 +46,7 @@ def demo_text(num_tokens: int, facts: int = 6, seed: int = 0) -> Demo:
     names = list(stated)
     for start in range(0, facts, 4):
         dialogue.state({key: stated[key] for key in names[start : start + 4]})
-    fresh = [value for value in data.VALUES if value not in stated.values()]
+    fresh = [value for value in VALUES if value not in stated.values()]
     dialogue.state({names[0]: rng.choice(fresh)}, update=True)
     dialogue.read(data.random_text(rng, num_tokens, held_out=True))
     questions = tuple(f"<|im_start|>user\nWhat is the {key}?{END}<|im_start|>assistant\n" for key in names)

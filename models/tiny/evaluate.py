@@ -5,6 +5,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def distance_recall(model: GatedModel, ids: Tensor, kinds: Tensor, texts: list[t
     return (predicted == ids[:, 1:])[asked].float().mean().item()
 
 
-def table(models: dict[str, GatedModel], lengths: list[int], budgets: list[int], rows: int, seed: int) -> list[dict]:
+def table(models: dict[str, GatedModel], lengths: list[int], budgets: list[int], rows: int, seed: int) -> list[dict[str, Any]]:
     """One record per length and method: recall at each budget, held-out text loss at each budget."""
     records = []
     rng = random.Random(f"text {seed}")

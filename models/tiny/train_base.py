@@ -8,11 +8,12 @@ import argparse
 import random
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trimkv_edge.models.tiny import data
 from trimkv_edge.models.tiny.network import new_model
@@ -83,7 +84,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, step / 50, 0.05 + 0.95 * max(0.0, (steps - step) / (0.3 * steps)))
 
 
-def save_base(model: torch.nn.Module, folder: Path = WEIGHTS) -> None:
+def save_base(model: PreTrainedModel, folder: Path = WEIGHTS) -> None:
     """Write config and float16 weights in transformers' layout (the tied output matrix once)."""
     state = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=state)
@@ -103,7 +104,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = new_model().train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     step, stage, seconds, recall = 0, 0, 0.0, 0.0
     if args.checkpoint.exists():
