@@ -43,9 +43,9 @@ def exported(**settings: Any) -> Iterator[Path]:
 
 
 def open_engine(folder: Path, name: str, threads: int | None) -> Engine:
-    """An engine of an artefact; engines that cannot set their thread count run with their own."""
+    """An engine of an artefact."""
     artefact = Artefact.load(folder, verify=False)
-    return load_engine(artefact, name, threads if name == "onnx" else None)
+    return load_engine(artefact, name, threads)
 
 
 def feed(engine: Engine, tokens: Iterable[int], evict: Callable[[Engine], None] = Engine.evict) -> None:

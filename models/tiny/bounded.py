@@ -11,7 +11,7 @@ from trimkv_edge.models.gated import GatedModel
 
 
 class WindowCache(StaticCache):
-    """The sinks + window baseline (StreamingLLM's choice of entries): equal retention everywhere, so the oldest leave first."""
+    """The sinks + window baseline (StreamingLLM's choice): equal retention everywhere, so the oldest leave first."""
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
         """Ignores the gates."""
@@ -31,17 +31,13 @@ def full_cache(model: GatedModel, tokens: int, rows: int, chunk: int = 128) -> S
 
 
 @torch.no_grad()
-def read(model: GatedModel, cache: StaticCache, ids: Tensor, gap: int = 0) -> Iterator[Tensor]:
-    """Feeds ids [R, T] chunk by chunk, with an eviction whenever the slots are full; yields logits [R, t, V] per chunk.
-
-    Args:
-        gap: positions by which the stream has moved on without being read, beyond `cache.seen`. RoPE sees it, ages do not.
-    """
+def read(model: GatedModel, cache: StaticCache, ids: Tensor) -> Iterator[Tensor]:
+    """Feeds ids [R, T] by chunks, evicting whenever the slots are full; yields logits [R, t, V] per chunk."""
     start = 0
     while start < ids.shape[1]:
         step = min(cache.config.prefill_chunk, cache.config.slots - cache.live)
         part = ids[:, start : start + step]
-        positions = (torch.arange(part.shape[1]) + cache.seen + gap).unsqueeze(0)
+        positions = (torch.arange(part.shape[1]) + cache.seen).unsqueeze(0)
         yield model(part, positions, cache, last_only=False)
         cache.advance(part.shape[1])
         if cache.live == cache.config.slots:

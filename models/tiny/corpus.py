@@ -6,7 +6,19 @@ from pathlib import Path
 
 # Tests, tables and vendored files: repetitive, or different from one installation to the next.
 _SKIPPED_FOLDERS = frozenset(
-    "test tests idlelib lib2to3 site-packages dist-packages encodings turtledemo pydoc_data ensurepip __pycache__".split()
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "turtledemo",
+        "pydoc_data",
+        "ensurepip",
+        "__pycache__",
+    ]
 )
 HELD_OUT_EVERY = 20
 

@@ -1,6 +1,6 @@
-"""Long-memory dialogues in the chat format: facts early, text in the middle, questions late. Training and evaluation share it.
+"""Long-memory dialogues in the chat format, for training and evaluation: facts early, text after, questions late.
 
-A fact is `the <key> is <value>`; an update states a key again with a new value, and from then on only the new value counts.
+A fact is `the <key> is <value>`; an update states a key again, and from then on only its new value counts.
 """
 
 import random
@@ -15,7 +15,7 @@ from trimkv_edge.models.tiny.tokenizer import load_tokenizer
 from trimkv_edge.models.tiny.words import KEYS, VALUES
 
 MAX_POSITIONS = 131072
-# Kinds of tokens: predictable by language, not at all, by recall (a value that was asked for), by copying (the key just asked).
+# Kinds of tokens: predictable by language, not at all, by recall (a value asked for), by copying (the key just asked).
 ORDINARY, RANDOM, ANSWER, ECHO = 0, 1, 2, 3
 
 
@@ -33,7 +33,7 @@ def text_ids(held_out: bool = False) -> tuple[tuple[int, ...], ...]:
 
 @dataclass
 class Dialogue:
-    """Token ids with the kind of each token, and where a stretch of the stream may have been skipped (indices into `ids`).
+    """Token ids with the kind of each, and where a stretch of the stream may have been skipped (indices into `ids`).
 
     `text` is (start, middle, end) of the last piece of real text.
     """
@@ -89,7 +89,7 @@ class Dialogue:
 
 
 def random_text(rng: random.Random, length: int, held_out: bool = False) -> list[int]:
-    """`length` consecutive token ids from a random place of the standard library (files joined by the end-of-text token)."""
+    """`length` token ids from a random place of the standard library (files joined by the end-of-text token)."""
     files = text_ids(held_out)
     out: list[int] = []
     while len(out) < length:
@@ -130,7 +130,7 @@ def drill(rng: random.Random, length: int, keys: int) -> Dialogue:
 def mixed_dialogue(
     rng: random.Random, length: int, facts: int, text_share: float = 0.4, held_out: bool = False
 ) -> Dialogue:
-    """A training dialogue of about `length` tokens: statements, text and questions in random order, dense in questions."""
+    """A training dialogue of at least `length` tokens: statements, text and questions in random order."""
     dialogue = Dialogue()
     first = rng.randint(1, max(1, min(facts, 4)))
     dialogue.state(new_facts(rng, first))
@@ -178,7 +178,7 @@ def late_dialogue(
 
 
 def jumping_positions(rng: random.Random, breaks: list[int], length: int, span: int) -> list[int]:
-    """`length` increasing positions below `span` that jump forward only at some of `breaks` (source: PoSE, skip-wise training)."""
+    """`length` increasing positions below `span` that jump only at some of `breaks` (PoSE, arXiv 2309.10400)."""
     chosen = sorted(set(rng.sample(breaks, min(len(breaks), rng.randint(1, 3))))) if breaks else []
     spare = span - length
     cuts = sorted(rng.randint(0, spare) for _ in range(len(chosen) + 1))

@@ -1,4 +1,4 @@
-"""Reproduces the model card's tables: `python -m trimkv_edge.models.tiny.evaluate --output benchmarks/results/tiny_recall.json`."""
+"""Reproduces the model card's tables: `python -m trimkv_edge.models.tiny.evaluate --output FILE`."""
 
 import argparse
 import json
@@ -57,7 +57,9 @@ def text_loss(model: GatedModel, cache: StaticCache, ids: Tensor) -> float:
     return total / ids[:, 1:].numel()
 
 
-def distance_recall(model: GatedModel, ids: Tensor, kinds: Tensor, texts: list[tuple[int, int, int]], distance: int) -> float:
+def distance_recall(
+    model: GatedModel, ids: Tensor, kinds: Tensor, texts: list[tuple[int, int, int]], distance: int
+) -> float:
     """Full-attention recall when positions jump by `distance` in the middle of the text."""
     places = torch.arange(ids.shape[1])
     positions = torch.stack([places + distance * (places >= middle) for _, middle, _ in texts])
@@ -67,7 +69,9 @@ def distance_recall(model: GatedModel, ids: Tensor, kinds: Tensor, texts: list[t
     return (predicted == ids[:, 1:])[asked].float().mean().item()
 
 
-def table(models: dict[str, GatedModel], lengths: list[int], budgets: list[int], rows: int, seed: int) -> list[dict[str, Any]]:
+def table(
+    models: dict[str, GatedModel], lengths: list[int], budgets: list[int], rows: int, seed: int
+) -> list[dict[str, Any]]:
     """One record per length and method: recall at each budget, held-out text loss at each budget."""
     records = []
     rng = random.Random(f"text {seed}")

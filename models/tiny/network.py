@@ -17,7 +17,7 @@ def causal_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention by index. query [B,Hq,T,D], key and value [B,H,T,D] -> [B,T,Hq,D].
 
-    transformers' own mask code takes a jump in `position_ids` for the start of another packed document and cuts attention there.
+    transformers' own masks take a jump in `position_ids` for the start of another packed document.
     """
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
@@ -50,9 +50,9 @@ def config() -> Qwen3Config:
 def new_model() -> Qwen3ForCausalLM:
     """A network that attends through `causal_attention`, initialised so that recall is learnt in minutes on a CPU.
 
-    Embeddings start larger and the layers' outputs smaller than by default, so that a token's identity is not drowned by the
-    first layers' noise. And one circuit is laid out (`_lay_out_induction`) instead of left to be found, which takes thousands of
-    steps: heads that carry the last tokens along, and one that looks a carried token up. Training then does the rest.
+    Embeddings start larger and the layers' outputs smaller than by default, so that a token's identity is not drowned
+    by the first layers' noise. And one circuit is laid out (`_lay_out_induction`), because 600 steps from a random
+    start did not find it: heads that carry the last tokens along, and one that looks a carried token up.
     """
     model = Qwen3ForCausalLM(config())
     model.set_attn_implementation(ATTENTION)
@@ -70,10 +70,11 @@ def _orthonormal(size: int) -> Tensor:
 
 
 def _lay_out_induction(model: Qwen3ForCausalLM, fast_pairs: int = 2, lookup_from_pair: int = 8) -> None:
-    """In `the <key> is <value>`: layer 0's heads 0 and 1 carry the tokens one and two places back into their own subspaces; layer
-    1's head 0 asks, at `is`, for the place whose token two back is the key, and copies what stands there, the value.
+    """In `the <key> is <value>`: carry the last two tokens along, look the key up, copy the value.
 
-    Looking back uses the fastest rotary pairs and one direction that all embeddings share; looking up uses the slow pairs.
+    Layer 0's heads 0 and 1 carry the tokens one and two places back into their own subspaces, by the fastest rotary
+    pairs and one direction that all embeddings share. Layer 1's head 0 asks, at `is`, for the place whose token two
+    back is the key, by the slow pairs, and copies what stands there.
     """
     width = model.config.head_dim
     back, lookup = model.model.layers[0].self_attn, model.model.layers[1].self_attn

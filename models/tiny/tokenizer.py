@@ -12,15 +12,16 @@ from trimkv_edge.models.tiny.words import KEYS, VALUES
 WEIGHTS = Path(__file__).parent / "weights"
 VOCAB_SIZE = 2048
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PHRASES = "user assistant system Remember Update Read Noted What Hello Thanks The".split()
+PHRASES = ["user", "assistant", "system", "Remember", "Update", "Read", "Noted", "What", "Hello", "Thanks", "The"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
 def build_tokenizer() -> Tokenizer:
-    """Train the BPE on the standard library plus the dialogue words, often enough that each of them becomes one token."""
+    """Train the BPE on the standard library plus the dialogue words, often enough that each becomes one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

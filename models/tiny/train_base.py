@@ -1,7 +1,6 @@
 """Train the `tiny` base model on a CPU: `python -m trimkv_edge.models.tiny.train_base --checkpoint base.pt`.
 
-Short contexts with dense questions come first; a lesson ends when recall on fresh data passes 93 %. Started on long contexts the
-model does not learn recall at all.
+Short contexts with dense questions come first; a lesson ends when recall on fresh data passes 93 %.
 """
 
 import argparse
@@ -97,14 +96,19 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path, default=Path("tiny_base.pt"), help="continues from it when it exists")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("tiny_base.pt"), help="continues from it when it exists"
+    )
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = new_model().train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1]},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     step, stage, seconds, recall = 0, 0, 0.0, 0.0
     if args.checkpoint.exists():
@@ -120,7 +124,7 @@ def main() -> None:
         lesson = LESSONS[stage if rng.random() < 0.75 else rng.randint(0, stage)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
-        loss, right, ordinary = loss_and_recall(model, make_batch(rng, lesson, rows_of(lesson)))
+        loss, _, ordinary = loss_and_recall(model, make_batch(rng, lesson, rows_of(lesson)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,7 +136,9 @@ def main() -> None:
                 batch = make_batch(rng, lesson, TOKENS_PER_STEP // lesson.length, text=False)
                 recall = loss_and_recall(model, batch)[1].item()
             seconds = time.time() - began
-            line = f"step {step} lesson {stage} loss {loss.item():.3f} ordinary {ordinary.item():.3f} recall {recall:.3f}"
+            line = (
+                f"step {step} lesson {stage} loss {loss.item():.3f} ordinary {ordinary.item():.3f} recall {recall:.3f}"
+            )
             print(f"{line} seconds {seconds:.0f}", flush=True)
             if recall > 0.93 and stage < len(LESSONS) - 1:
                 stage += 1

@@ -1,7 +1,6 @@
 """Train the retention gates of `tiny` on its frozen base: `python -m trimkv_edge.models.tiny.train_gates --kind rg`."""
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ ANSWER_WEIGHT = 20.0
 def gate_batches(seed: int, length: int, rows: int, facts: int, longest: int) -> Iterator[GateBatch]:
     """Dialogues with facts early, text in the middle and questions late.
 
-    Most rows skip a stretch of the text, log-uniform up to `longest` tokens: the facts are as old as in a stream of that length,
-    and the capacity loss charges what the skipped text would still hold.
+    Most rows skip a stretch of the text, log-uniform up to `longest` tokens: the facts are as old as in a stream of
+    that length, and the capacity loss charges what the skipped text would still hold.
     """
     rng = random.Random(f"gates {seed}")
     while True:
@@ -51,15 +50,15 @@ def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=GATE_KINDS, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--memory", type=float, default=32.0, help="trained budget M per head")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--facts", type=int, default=8)
     parser.add_argument("--longest", type=int, default=100_000)
     parser.add_argument("--intermediate-size", type=int, default=64)
     parser.add_argument("--bias-init", type=float, default=8.0)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -91,6 +90,7 @@ def main() -> None:
                 "rows": args.rows,
                 "length": args.length,
                 "longest_skip": args.longest,
+                "lr": args.lr,
                 "seed": args.seed,
                 "metrics": means,
             }

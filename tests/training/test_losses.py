@@ -81,7 +81,9 @@ def test_capacity_losses_match_the_formulas() -> None:
             local += sum(excess) / (t + 1) / (2 * 3 * 2 * 9)
             total = brute[:, b, :, t].sum().item() - memory * 6
             pooled += max(0.0, total) / (t + 1) / 6 / (2 * 9)
-    assert local > 0 and pooled > 0 and abs(local - pooled) > 1e-4
+    assert local > 0
+    assert pooled > 0
+    assert abs(local - pooled) > 1e-4
     assert losses.capacity_local(held, memory).item() == pytest.approx(local, rel=1e-5)
     assert losses.capacity_global(held, memory).item() == pytest.approx(pooled, rel=1e-5)
 
@@ -107,7 +109,10 @@ def test_forward_kl_is_weighted_and_ordered() -> None:
     weight = torch.rand(2, 5, generator=generator)
     each = [
         [
-            sum(p[b, t].softmax(-1)[v].item() * math.log(p[b, t].softmax(-1)[v] / q[b, t].softmax(-1)[v]) for v in range(7))
+            sum(
+                p[b, t].softmax(-1)[v].item() * math.log(p[b, t].softmax(-1)[v] / q[b, t].softmax(-1)[v])
+                for v in range(7)
+            )
             for t in range(5)
         ]
         for b in range(2)

@@ -1,4 +1,4 @@
-"""Attention backends of training: whole rows at once, no cache (see `trimkv_edge.models.attention.AttentionBackend`)."""
+"""Attention of training: whole rows at once, no cache (protocol `trimkv_edge.models.attention.AttentionBackend`)."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +9,7 @@ from trimkv_edge.training.losses import decay_bias
 class FullAttention:
     """Plain causal attention by index: what the frozen model does with its full cache.
 
-    transformers' own mask code is no substitute where positions jump: it takes a jump for the start of another packed document.
+    transformers' own masks do not do: where positions jump they see the start of another packed document.
     """
 
     def retain(self, layer: int, log_beta: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Train retention gates on a frozen decoder: one gated pass, one full-cache pass of the same weights, three losses.
 
-Small on purpose. The model is called as `model(ids, positions, backend, last_only)`, see `trimkv_edge.models.gated.GatedModel`.
+The model is called as `model(ids, positions, backend, last_only)`, see `trimkv_edge.models.gated.GatedModel`.
 """
 
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def train_gates(
     pooled: bool,
     lr: float = 2e-3,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Run `steps` of AdamW with warm-up and cosine decay on `gates`; yields the step number and its losses after each step."""
+    """AdamW with warm-up and cosine decay on `gates`; yields the step number and its losses after each step."""
     optimizer = torch.optim.AdamW(gates.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for step in range(1, steps + 1):

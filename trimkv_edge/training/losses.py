@@ -1,7 +1,8 @@
-"""Losses that train retention gates on a frozen model (TRIM-KV, arXiv 2512.03324, section 4; DBTrimKV, arXiv 2605.09649).
+"""Losses that train retention gates on a frozen model (TRIM-KV, arXiv 2512.03324; DBTrimKV, arXiv 2605.09649).
 
-Shapes: B rows, T tokens, H KV heads, L layers. `index` is int64 [B, T], the place of each token in the stream, increasing along T;
-it may jump where a stretch of the stream was skipped. Ages are differences of it, in float32. All results are float32.
+Shapes: B rows, T tokens, H KV heads, L layers. `index` is int64 [B, T], the place of each token in the stream,
+increasing along T; it may jump where a stretch of the stream was skipped. Ages are differences of it, in float32. All
+results are float32.
 """
 
 import torch
@@ -50,8 +51,8 @@ def retained(log_beta: Tensor, index: Tensor) -> Tensor:
 def retained_of_skipped(log_beta: Tensor, around: Tensor, resume: int, gap: int) -> Tensor:
     """What a skipped stretch of `gap` tokens would still hold, if its tokens were retained like the tokens `around` it.
 
-    Ours: makes the capacity loss see streams far longer than the training rows. The geometric sum over the skipped ages is in
-    closed form, `beta ** (a + 1) * (1 - beta ** gap) / (1 - beta)` with `a` the tokens since the stream resumed.
+    Ours: makes the capacity loss see streams far longer than the training rows. The sum over the skipped ages is
+    geometric, `beta ** (a + 1) * (1 - beta ** gap) / (1 - beta)` with `a` the tokens since the stream resumed.
 
     Args:
         log_beta: [T, H] of one row.

@@ -1,5 +1,6 @@
 """The dialogues of `tiny`: seeded, exact in length, and asking for the newest value."""
 
+import itertools
 import random
 import re
 
@@ -23,7 +24,7 @@ def test_words_are_distinct_and_one_token_each() -> None:
 def test_the_same_seed_gives_the_same_batch() -> None:
     def batch(seed: int):
         rng = random.Random(seed)
-        dialogues = [data.mixed_dialogue(rng, 128, 4), data.late_dialogue(rng, 200, 3, 2)]
+        dialogues = [data.mixed_dialogue(rng, 128, 4, held_out=True), data.late_dialogue(rng, 200, 3, 2, held_out=True)]
         return data.to_batch(rng, dialogues, 128, jump_share=0.5)
 
     first, again, other = batch(1), batch(1), batch(2)
@@ -60,10 +61,11 @@ def test_piecewise_encoding_is_the_tokenizers_own() -> None:
 
 
 def test_late_dialogue_has_the_length_asked_for() -> None:
-    dialogue = data.late_dialogue(random.Random(0), 512, 8, 8, updates=2)
+    dialogue = data.late_dialogue(random.Random(0), 512, 8, 8, updates=2, held_out=True)
     assert len(dialogue.ids) == len(dialogue.kinds) == 512
     start, _, end = dialogue.text
-    assert data.ANSWER not in dialogue.kinds[:end] and dialogue.kinds.count(data.ANSWER) == 8
+    assert data.ANSWER not in dialogue.kinds[:end]
+    assert dialogue.kinds.count(data.ANSWER) == 8
     assert end - start > 100
     with pytest.raises(ValueError, match="too few"):
         data.late_dialogue(random.Random(0), 64, 8, 8)
@@ -73,8 +75,10 @@ def test_positions_jump_only_at_breaks_and_stay_in_the_span() -> None:
     rng = random.Random(5)
     for _ in range(50):
         positions = data.jumping_positions(rng, [10, 20, 40], 64, 131072)
-        steps = [b - a for a, b in zip(positions, positions[1:], strict=False)]
-        assert 0 <= positions[0] and positions[-1] < 131072 and min(steps) >= 1
+        steps = [b - a for a, b in itertools.pairwise(positions)]
+        assert positions[0] >= 0
+        assert positions[-1] < 131072
+        assert min(steps) >= 1
         assert {i + 1 for i, step in enumerate(steps) if step > 1} <= {10, 20, 40}
 
 
@@ -82,4 +86,6 @@ def test_held_out_files_are_not_training_files() -> None:
     from trimkv_edge.models.tiny.corpus import stdlib_texts
 
     train, held_out = set(stdlib_texts()), set(stdlib_texts(held_out=True))
-    assert train and held_out and len(train & held_out) <= 1  # empty __init__ files are alike
+    assert train
+    assert held_out
+    assert len(train & held_out) <= 1

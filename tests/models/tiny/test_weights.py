@@ -33,12 +33,17 @@ def test_everything_shipped_is_small() -> None:
 def test_transformers_loads_model_and_tokenizer() -> None:
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
-    assert model.config.model_type == "qwen3" and model.config.num_key_value_heads >= 2
+    assert model.config.model_type == "qwen3"
+    assert model.config.num_key_value_heads >= 2
     assert model.config.max_position_embeddings == data.MAX_POSITIONS
     assert len(tokenizer) == model.config.vocab_size
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == model.generation_config.eos_token_id
+    assert (
+        tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == model.generation_config.eos_token_id
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -64,11 +69,13 @@ def test_gates_belong_to_the_base(kind: str) -> None:
     assert (gates[0].bias is gates[1].bias) == shared
 
 
-def test_recall_in_bounded_memory(model) -> None:  # noqa: ANN001
+def test_recall_in_bounded_memory(model) -> None:
     ids, kinds = evaluate.recall_streams(seed=7, rows=6, length=1024)
     full = evaluate.recall(model, bounded.full_cache(model, 1024, 6), ids, kinds)
     kept = evaluate.recall(model, bounded.make_cache(model, CacheConfig(64, 32, 32), 6), ids, kinds)
-    window = evaluate.recall(model, bounded.make_cache(model, CacheConfig(64, 32, 32, sinks=4), 6, window=True), ids, kinds)
+    window = evaluate.recall(
+        model, bounded.make_cache(model, CacheConfig(64, 32, 32, sinks=4), 6, window=True), ids, kinds
+    )
     assert full > 0.9
     assert kept > 0.8
     assert window < 0.4
@@ -88,6 +95,6 @@ def test_demo_text_is_long_and_asks_for_its_facts() -> None:
 def test_newest_value_wins_with_full_cache() -> None:
     model = evaluate.load("rg")
     rng = random.Random(11)
-    dialogues = [data.late_dialogue(rng, 400, 4, 4, updates=4) for _ in range(8)]
+    dialogues = [data.late_dialogue(rng, 400, 4, 4, updates=4, held_out=True) for _ in range(8)]
     ids, kinds, _ = data.to_batch(rng, dialogues, 400, jump_share=0.0)
     assert evaluate.recall(model, bounded.full_cache(model, 400, 8), ids, kinds) > 0.85
