@@ -22,6 +22,7 @@ from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, des
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
 from trimkv_edge.models.source import ModelSource, find_source
+from trimkv_edge.runtime.engines import engine_class
 
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
@@ -157,7 +158,7 @@ def verify_targets(
     for name, target in manifest.targets.items():
         report(f"verifying {name}: {sum(plan)} tokens, every survivor and greedy token against the eager model")
         reference = EagerEngine(loaded.model, config, manifest.rope.position_limit)
-        artefact = TARGETS[name].engine()(folder, manifest, target, None)
+        artefact = engine_class(name)(folder, manifest, target)
         done = 0
 
         def count(size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
@@ -17,11 +16,10 @@ ExportFn = Callable[[GatedModel, CacheConfig, Path, str, TokenizerInfo | None], 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """How to export a target and how to load what was exported; libraries are imported when they are needed."""
+    """How to export a target; the engine of the same name runs it. Libraries are imported when they are needed."""
 
     ops: tuple[str, ...]
     export: ExportFn
-    engine: Callable[[], Callable[..., Any]]
 
 
 def _executorch(
@@ -37,27 +35,15 @@ def _executorch(
     return export_executorch(model, config, folder, ops=ops, metadata=metadata)
 
 
-def _executorch_engine() -> Callable[..., Any]:
-    from trimkv_edge.runtime.engines.executorch import ExecuTorchEngine
-
-    return ExecuTorchEngine
-
-
 def _onnx(model: GatedModel, config: CacheConfig, folder: Path, ops: str, tokenizer: TokenizerInfo | None) -> Target:
     from trimkv_edge.export.onnx import export_onnx
 
     return export_onnx(model, config, folder, ops=ops)
 
 
-def _onnx_engine() -> Callable[..., Any]:
-    from trimkv_edge.runtime.engines.onnx import OnnxEngine
-
-    return OnnxEngine
-
-
 TARGETS: dict[str, TargetSpec] = {
-    "executorch": TargetSpec(("xnnpack", "portable"), _executorch, _executorch_engine),
-    "onnx": TargetSpec(("gqa", "standard"), _onnx, _onnx_engine),
+    "executorch": TargetSpec(("xnnpack", "portable"), _executorch),
+    "onnx": TargetSpec(("gqa", "standard"), _onnx),
 }
 
 

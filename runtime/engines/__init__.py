@@ -1,8 +1,7 @@
 """Which engines there are, and how to open one for an artefact.
 
-A new engine is one file with a subclass of :class:`trimkv_edge.engine.Engine` and one line in ``ENGINES``. Its
-constructor takes ``(folder: Path, manifest: Manifest, target: Target, threads: int | None)`` and raises
-:class:`~trimkv_edge.errors.ArtefactError` for a file that it cannot read.
+A new engine is one file with a subclass of :class:`~trimkv_edge.runtime.engines.base.ArtefactEngine` and one line in
+``ENGINES``. Its constructor raises :class:`~trimkv_edge.errors.ArtefactError` for a file that it cannot read.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
 from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 
 class EngineEntry(NamedTuple):
@@ -82,7 +82,12 @@ def load_engine(artefact: Artefact, name: str | None = None, threads: int | None
         raise ConfigError(f"threads is {threads}, but must be at least 1")
     chosen = choose_engine(artefact, name)
     artefact.check_fits()
-    module, _, attribute = ENGINES[chosen].path.partition(":")
-    engine_class = getattr(import_module(module), attribute)
-    engine: Engine = engine_class(artefact.folder, artefact.manifest, artefact.manifest.targets[chosen], threads)
-    return engine
+    manifest = artefact.manifest
+    return engine_class(chosen)(artefact.folder, manifest, manifest.targets[chosen], threads)
+
+
+def engine_class(name: str) -> type[ArtefactEngine]:
+    """The class of an engine in ``ENGINES``; its own libraries are imported when it is constructed."""
+    module, _, attribute = ENGINES[name].path.partition(":")
+    found: type[ArtefactEngine] = getattr(import_module(module), attribute)
+    return found

@@ -12,14 +12,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
 from trimkv_edge.manifest import Manifest, Target
+from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 _METHODS = ("forward", "evict", "reset", "read_kept", "write_kept", "read_state", "write_state")
 
 
-class ExecuTorchEngine(Engine):
+class ExecuTorchEngine(ArtefactEngine):
     """Runs the ``executorch`` target of an artefact.
 
     Args:
@@ -36,22 +37,8 @@ class ExecuTorchEngine(Engine):
     name = "executorch"
 
     def __init__(self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None) -> None:
-        model = manifest.model
-        super().__init__(
-            manifest.cache,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            vocab_size=model.vocab_size,
-            position_limit=manifest.rope.position_limit,
-        )
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}, but must be at least 1")
-        if "program" not in target.files:
-            raise ArtefactError(f"the executorch target of {folder} names no program file: export the artefact again")
-        path = folder / target.files["program"]
-        if not path.is_file():
-            raise ArtefactError(f"{path} is missing: export the artefact again or copy the whole folder")
+        super().__init__(folder, manifest, target, threads)
+        path = self._file("program")
         with _native_log() as log:
             self._torch, self._binding = _import_executorch(llama_ops=target.ops == "xnnpack")
             if threads is not None:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from trimkv_edge.engine import Engine, FloatArray, IntArray
-from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
+from trimkv_edge.engine import FloatArray, IntArray
+from trimkv_edge.errors import ArtefactError, TrimKVError
 from trimkv_edge.manifest import Manifest, Target
+from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 # The one place that says where graphs run.
 PROVIDERS = ("CPUExecutionProvider",)
@@ -20,7 +21,7 @@ PROVIDERS = ("CPUExecutionProvider",)
 Array = npt.NDArray[Any]
 
 
-class OnnxEngine(Engine):
+class OnnxEngine(ArtefactEngine):
     """Runs the ``onnx`` target of an artefact.
 
     Every state tensor is one buffer, bound as ``past.X`` and ``present.X`` of both graphs, so a step and an event write
@@ -43,22 +44,12 @@ class OnnxEngine(Engine):
     def __init__(
         self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, aliased: bool = True
     ) -> None:
-        model = manifest.model
-        super().__init__(
-            manifest.cache,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            vocab_size=model.vocab_size,
-            position_limit=manifest.rope.position_limit,
-        )
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}, but must be at least 1")
+        super().__init__(folder, manifest, target, threads)
         self._ort = _import_onnxruntime()
         self._aliased = aliased
         threads = threads or _physical_cores()
-        self._decoder = self._load(folder, target, "decoder", threads)
-        self._evictor = self._load(folder, target, "evict", threads)
+        self._decoder = self._load("decoder", threads)
+        self._evictor = self._load("evict", threads)
         rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
         shape = (1, self.num_kv_heads, slots, self.head_dim)
         caches = [f"{layer}.{kind}" for layer in range(self.num_layers) for kind in ("key", "value")]
@@ -71,14 +62,12 @@ class OnnxEngine(Engine):
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._chunks: dict[int, Array] = {}
         self._bindings: dict[int, Any] = {}
-        self._check_inputs(folder / target.files["decoder"], self._decoder, self._in_decoder)
-        self._check_inputs(folder / target.files["evict"], self._evictor, list(self._arrays))
+        self._check_inputs(self._file("decoder"), self._decoder, self._in_decoder)
+        self._check_inputs(self._file("evict"), self._evictor, list(self._arrays))
         self._reset()
 
-    def _load(self, folder: Path, target: Target, role: str, threads: int) -> Any:
-        if role not in target.files:
-            raise ArtefactError(f"the onnx target of {folder} names no {role} file: export the artefact again")
-        ort, path = self._ort, folder / target.files[role]
+    def _load(self, role: str, threads: int) -> Any:
+        ort, path = self._ort, self._file(role)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3

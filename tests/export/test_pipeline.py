@@ -98,10 +98,11 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "model.pte").write_bytes(b"x")
         return targets.Target("executorch", "xnnpack", {"program": "model.pte"})
 
-    def engine() -> Any:
-        return lambda folder, manifest, target, threads: ForgetsTheOldest(gated_model("qwen3-gqa"), manifest.cache)
+    def engine_class(name: str) -> Any:
+        return lambda folder, manifest, target: ForgetsTheOldest(gated_model("qwen3-gqa"), manifest.cache)
 
-    monkeypatch.setitem(targets.TARGETS, "executorch", targets.TargetSpec(("xnnpack",), export, engine))
+    monkeypatch.setitem(targets.TARGETS, "executorch", targets.TargetSpec(("xnnpack",), export))
+    monkeypatch.setattr(pipeline, "engine_class", engine_class)
 
 
 @pytest.mark.usefixtures("faulty")
@@ -127,7 +128,7 @@ def test_interrupted_export_writes_nothing(model: Path, tmp_path: Path, monkeypa
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(targets.TARGETS, "onnx", targets.TargetSpec(("gqa",), interrupt, lambda: interrupt))
+    monkeypatch.setitem(targets.TARGETS, "onnx", targets.TargetSpec(("gqa",), interrupt))
     with pytest.raises(KeyboardInterrupt):
         run_export(plan_export(request_for(model, tmp_path / "new", targets=("onnx",))), lambda line: None)
     assert list(tmp_path.iterdir()) == []

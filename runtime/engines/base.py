@@ -1,0 +1,47 @@
+"""What engines of exported artefacts have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trimkv_edge.engine import Engine
+from trimkv_edge.errors import ArtefactError, ConfigError
+from trimkv_edge.manifest import Manifest, Target
+
+
+class ArtefactEngine(Engine):
+    """An engine whose model and settings come from a manifest.
+
+    Args:
+        folder: the artefact.
+        manifest, target: its manifest and the target to run.
+        threads: threads of the engine; None: its own choice.
+
+    Raises:
+        ConfigError: threads below 1.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None) -> None:
+        model = manifest.model
+        super().__init__(
+            manifest.cache,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            vocab_size=model.vocab_size,
+            position_limit=manifest.rope.position_limit,
+        )
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}, but must be at least 1")
+        self._folder, self._target = folder, target
+
+    def _file(self, role: str) -> Path:
+        """The target's file of a role; raises :class:`ArtefactError` if it names none or the file is missing."""
+        if role not in self._target.files:
+            raise ArtefactError(
+                f"the {self.name} target of {self._folder} names no {role} file: export the artefact again"
+            )
+        path = self._folder / self._target.files[role]
+        if not path.is_file():
+            raise ArtefactError(f"{path} is missing: export the artefact again or copy the whole folder")
+        return path
