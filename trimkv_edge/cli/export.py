@@ -23,7 +23,8 @@ examples:
   trimkv-export --model qwen3-4b --weights ./Qwen3-4B --gates gates.safetensors --budget 1024
   trimkv-export --model tiny --budget 2MB --dry-run       what would it cost?
 
-The budget is what each KV head keeps: 512 is 512 entries per head, 64MB is the whole cache, ring buffer included.
+The budget is what each KV head keeps: 512 is 512 entries per head, 64MB is the whole cache, ring buffer included
+(binary units: 64 MiB).
 Between eviction events up to --buffer new tokens are held beside them, so a head never holds more than
 budget + buffer entries, however long the stream is. --buffer 128 makes eviction nearly free; smaller is tighter.
 
