@@ -42,7 +42,13 @@ def main() -> None:
                 evicting, plain = (open_engine(folder, name, args.threads) for _ in range(2))
                 feed(evicting, [11] * 2000)
                 feed(plain, [11] * 2000, wrap)
-                pairs = [(window(evicting, True), window(plain, False)) for _ in range(args.rounds)]
+                pairs = []
+                for turn in range(args.rounds):
+                    if turn % 2:
+                        with_events, without = window(evicting, True), window(plain, False)
+                    else:
+                        without, with_events = window(plain, False), window(evicting, True)
+                    pairs.append((with_events, without))
                 result = {
                     "engine": name,
                     "budget": int(budget),

@@ -3,11 +3,14 @@
     python benchmarks/parity.py               # about 15 minutes
 
 ``tiny`` with both gate kinds, and small random Phi-3, Qwen3 and Llama models with both operator sets. The oracle keeps
-Python lists and attends in float64 (``tests/oracle_model.py``).
+Python lists and attends in float64 (``tests/oracle_model.py``). Two entries at the edge of the budget whose scores
+agree to 2e-5 relatively cannot be ranked in float32; if an engine swaps such a pair it is counted as undecidable, as in
+the verification of exports, and the engine goes on from the eager state.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +25,7 @@ from factories import base_config
 from oracle_model import OracleModel
 
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
+from trimkv_edge.export.verify import compare_survivors, load_tolerance
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.loading import load_model
 
@@ -70,7 +74,9 @@ def compare_all(
     eager: EagerEngine, oracle: OracleModel, engines: dict[str, Any], text: list[int], tokens: int
 ) -> dict[str, Any]:
     """Counts differences to the eager engine."""
-    faults = {who: {"survivors": 0, "greedy": 0, "max_logit_diff": 0.0} for who in ("oracle", *engines)}
+    empty = {"survivors": 0, "undecidable": 0, "greedy": 0, "max_logit_diff": 0.0}
+    faults = {who: dict(empty) for who in ("oracle", *engines)}
+    score_rel = load_tolerance("float32").score_rel
     events, steps, greedy = 0, 0, 0
     while eager.seen < tokens:
         size = min([64, 21, 40][steps % 3], eager.room, max(1, len(text) - eager.seen))
@@ -82,24 +88,31 @@ def compare_all(
             faults[who]["greedy"] += int(logits.argmax() != greedy)
             faults[who]["max_logit_diff"] = max(faults[who]["max_logit_diff"], float(np.abs(logits - want).max()))
         if eager.room == 0:
+            before = eager.state()
             eager.evict()
             events += 1
-            kept = np.sort(eager.survivors(), axis=-1)
             held = {"oracle": np.array(oracle.positions())}
             for who, engine in engines.items():
                 engine.evict()
-                held[who] = np.sort(engine.survivors(), axis=-1)
-            for who, positions in held.items():
-                faults[who]["survivors"] += int((positions != kept).sum())
+                held[who] = engine.survivors()
+            for who, kept in held.items():
+                wrong, undecidable = compare_survivors(before, eager.config, eager.survivors(), kept, score_rel)
+                faults[who]["survivors"] += wrong
+                faults[who]["undecidable"] += undecidable
+                if undecidable and who in engines:
+                    engines[who].load_state(eager.state())
     return {"tokens": eager.seen, "steps": steps, "events": events, "differences": faults}
 
 
 def main() -> None:
     options = parser("survivors and greedy tokens: oracle = eager = ExecuTorch = ONNX Runtime", "parity")
     options.add_argument("--tokens", type=int, default=2400)
-    options.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    options.add_argument(
+        "--cases", nargs="+", default=list(CASES), choices=list(CASES), help="others keep their stored results"
+    )
     args = options.parse_args()
-    results = []
+    stored = json.loads(args.output.read_text())["results"] if args.output.is_file() else []
+    results = [row for row in stored if row["case"] not in args.cases]
     for name in args.cases:
         for ops in OPS:
             results.append(run_case(name, CASES[name], ops, args.tokens))

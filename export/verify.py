@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import yaml
 
+from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, Engine, IntArray
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.eviction import protect
@@ -136,34 +137,58 @@ def check(report: ParityReport, tolerance: Tolerance, what: str) -> None:
         raise VerificationError(f"{what} does not agree with the eager model: {'; '.join(faults)}; nothing was written")
 
 
-def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report: ParityReport) -> None:
-    before = reference.state()
-    reference.evict()
-    artefact.evict()
-    want, got = reference.survivors(), artefact.survivors()
-    report.events += 1
-    report.survivors += want.size
-    swapped = False
+def compare_survivors(
+    before: CacheState, config: CacheConfig, want: IntArray, got: IntArray, score_rel: float
+) -> tuple[int, int]:
+    """Compares what two engines kept at one event.
+
+    Args:
+        before: the reference's state just before the event.
+        config: cache settings.
+        want, got: positions kept, int64 ``[layers, kv_heads, budget]``, in any order.
+        score_rel: see ``tolerances.yaml``.
+
+    Returns:
+        (mismatches, undecidable): entries that only one side kept, and those of them whose scores float32 cannot rank.
+    """
+    mismatches = undecidable = 0
     for layer, head in np.ndindex(*want.shape[:2]):
         lost = np.setdiff1d(want[layer, head], got[layer, head])
         if lost.size:
             extra = np.setdiff1d(got[layer, head], want[layer, head])
-            count = _undecidable(before, reference, layer, head, lost, extra, score_rel)
-            report.undecidable += count
-            report.survivor_mismatches += max(lost.size, extra.size) - count
-            swapped = True
-    if swapped:
+            count = _too_close(before, config, layer, head, lost, extra, score_rel)
+            undecidable += count
+            mismatches += max(lost.size, extra.size) - count
+    return mismatches, undecidable
+
+
+def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report: ParityReport) -> None:
+    before = reference.state()
+    reference.evict()
+    artefact.evict()
+    want = reference.survivors()
+    mismatches, undecidable = compare_survivors(before, reference.config, want, artefact.survivors(), score_rel)
+    report.events += 1
+    report.survivors += want.size
+    report.survivor_mismatches += mismatches
+    report.undecidable += undecidable
+    if mismatches or undecidable:
         artefact.load_state(reference.state())
 
 
-def _undecidable(
-    before: CacheState, reference: Engine, layer: int, head: int, lost: IntArray, extra: IntArray, score_rel: float
+def _too_close(
+    before: CacheState,
+    config: CacheConfig,
+    layer: int,
+    head: int,
+    lost: IntArray,
+    extra: IntArray,
+    score_rel: float,
 ) -> int:
     """How many swapped pairs have scores that float32 noise can reorder."""
     if lost.size != extra.size or not np.isin(extra, before.positions[layer, head]).all():
         return 0
     positions = torch.from_numpy(before.positions[layer, head])
-    config = reference.config
     scores = retention_score(torch.from_numpy(before.log_beta[layer, head]), positions, before.seen, config.lookahead)
     scores = protect(scores, positions, before.seen, config.sinks, config.recent)
     by_position = dict(zip(positions.tolist(), scores.tolist(), strict=True))
