@@ -6,6 +6,7 @@ of the node that wrote it, so that a runtime which binds one buffer as input and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.onnx import ops as onnx_ops
 MASKED = -1e30
 
 
-class OnnxAttention:
+class OnnxAttention(ABC):
     """Base of both backends: collects what each layer makes during one traced forward pass.
 
     Args:
@@ -38,9 +39,9 @@ class OnnxAttention:
         """Takes the chunk's log-betas, float32 ``[1, T, kv_heads]``; layers come in order."""
         self.log_betas.append(log_beta)
 
+    @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
-        raise NotImplementedError
 
 
 class GroupQueryAttention(OnnxAttention):

@@ -66,6 +66,10 @@ class ExportPlan:
         """Estimated peak bytes of the export itself: weights, their copy in the graph, and the libraries."""
         return 2 * self.memory.weights + 2 * self.memory.cache + 2**30
 
+    def check_fits(self) -> None:
+        """Raises :class:`~trimkv_edge.errors.BudgetError` if the export needs more memory than is available."""
+        check_fits(self.export_peak, f"exporting {self.request.model} with a budget of {self.config.budget}")
+
 
 Report = Callable[[str], None]
 
@@ -114,7 +118,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
         TrimKVError: loading, exporting or verifying failed; the output is as it was.
     """
     request = plan.request
-    check_fits(plan.export_peak, f"exporting {request.model} with a budget of {plan.config.budget}")
+    plan.check_fits()
     report(f"loading {plan.source.name} ({plan.source.origin}) and its gates")
     loaded = load_model(plan.source, request.gates, request.rope, request.seed)
     with _new_folder(request.output) as folder:

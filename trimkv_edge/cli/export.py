@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from trimkv_edge.budget import check_fits, format_bytes, full_cache_bytes
+from trimkv_edge.budget import format_bytes, full_cache_bytes
 from trimkv_edge.cli.common import quiet_libraries, run_cli
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _export(args: argparse.Namespace) -> None:
     plan = plan_export(request)
     for line in describe_plan(plan):
         print(line)
-    check_fits(plan.export_peak, f"exporting {request.model} with a budget of {plan.config.budget}")
+    plan.check_fits()
     if args.dry_run:
         return
     step = 0
