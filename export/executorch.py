@@ -90,8 +90,6 @@ def build_program(
         raise ConfigError(f"executorch operators {ops!r} are not known; use one of {', '.join(CACHES)}")
     if config.lookahead != 1:
         raise ConfigError(f"lookahead {config.lookahead} cannot be exported to executorch yet: use lookahead 1")
-    if config.policy != "per-head":
-        raise ConfigError(f"policy {config.policy!r} cannot be exported to executorch yet: use per-head")
     with _quiet():
         program = _lower(model, config, ops, metadata or {}, progress or (lambda _: None))
     check_program(program, ops)

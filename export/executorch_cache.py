@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.eviction import event_positions, plan_moves, select_survivors
+from trimkv_edge.eviction import event_positions, find_policy, plan_moves, select_survivors
+from trimkv_edge.policies.base import Entries
 
 # Not -inf or finfo.min: those give NaN in fused kernels.
 MASKED = -1.0e30
@@ -59,7 +60,7 @@ class ExportCache(nn.Module):
         """The eviction event; ``seen`` int64 ``[1]``. Returns it, since a method must return something."""
         budget = self.config.budget
         positions = event_positions(self.kept, seen, self.config.buffer)
-        keep = select_survivors(self._log_beta_by_row(), positions, seen, self.config)
+        keep = select_survivors(self._entries(positions, seen), self.config)
         destination, source = plan_moves(keep, budget)
         moved = positions.scatter(1, destination, positions.gather(1, source))
         self._move(self.log_beta, destination, source)
@@ -69,6 +70,11 @@ class ExportCache(nn.Module):
             self._move(self.value(layer), to[layer], origin[layer])
         self.kept.copy_(moved[:, :budget])
         return seen + 0
+
+    def _entries(self, positions: Tensor, seen: Tensor) -> Entries:
+        score = find_policy(self.config.policy).key_score
+        scores = torch.cat([score(self._key_by_head(layer)) for layer in range(self.layers)]) if score else None
+        return Entries(self._log_beta_by_row(), positions, seen, self.layers, self.heads, key_score=scores)
 
     def reset(self) -> Tensor:
         """Starts a new stream; returns int64 ``[1]``."""
@@ -120,6 +126,10 @@ class ExportCache(nn.Module):
         """Overwrites rows ``[n]`` with ``new [n, width]``, in place."""
 
     @abstractmethod
+    def _key_by_head(self, layer: int) -> Tensor:
+        """``[heads, slots, head_dim]``."""
+
+    @abstractmethod
     def _log_beta_by_row(self) -> Tensor:
         """``[layers * heads, slots]``."""
 
@@ -156,6 +166,9 @@ class LlamaCache(ExportCache):
     def _log_beta_by_row(self) -> Tensor:
         return self.log_beta.view(self.config.slots, -1).t()
 
+    def _key_by_head(self, layer: int) -> Tensor:
+        return self.key(layer).view(self.config.slots, self.heads, self.head_dim).transpose(0, 1)
+
 
 class PortableCache(ExportCache):
     """For core ATen operators; tables are ``[rows, width]``: in-place ``index_put`` takes one index only."""
@@ -174,6 +187,9 @@ class PortableCache(ExportCache):
 
     def _log_beta_by_row(self) -> Tensor:
         return self.log_beta.view(-1, self.config.slots)
+
+    def _key_by_head(self, layer: int) -> Tensor:
+        return self.key(layer).view(self.heads, self.config.slots, self.head_dim)
 
     def reset(self) -> Tensor:
         """Masked slots are multiplied by 0, so keys and values must be finite from the start."""

@@ -1,7 +1,8 @@
 """``evict.onnx``: the eviction event as two model-local functions in the domain ``trimkv`` with plain-operator bodies.
 
-``trimkv::Evict(log_beta, positions, seen) -> (destination, source, log_beta', positions')`` selects and keeps the books
-for all rows at once; another policy replaces only this function. ``trimkv::MoveRows(cache, destination, source) ->
+``trimkv::Evict(log_beta, positions, seen[, key_score]) -> (destination, source, log_beta', positions')`` selects and
+keeps the books for all rows at once; another policy replaces only this function. Policies that look at keys get their
+scores layer by layer from ``trimkv::KeyScores``. ``trimkv::MoveRows(cache, destination, source) ->
 cache'`` moves at most B rows per head of one key or value tensor. Runtimes inline both; one that registers a kernel of
 the same name runs that instead, and reads the settings from the node's attributes.
 
@@ -10,7 +11,7 @@ The body of ``Evict`` is traced from :mod:`trimkv_edge.eviction`, so there is on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import onnx
@@ -20,26 +21,30 @@ from torch import Tensor, nn
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.eviction import event_positions, plan_moves, select_survivors
+from trimkv_edge.eviction import event_positions, find_policy, plan_moves, select_survivors
 from trimkv_edge.export.onnx_trace import trace
+from trimkv_edge.policies.base import Entries
 
 DOMAIN = "trimkv"
 OPSET = 18
 IR_VERSION = 10
-_SETTINGS = ("budget", "buffer", "sinks", "recent")
+_SETTINGS = ("policy", "budget", "buffer", "sinks", "recent")
 
 
 class _Evict(nn.Module):
     """Selection and bookkeeping of all rows (row = layer * kv_heads + head)."""
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, layers: int, heads: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layers, self.heads = config, layers, heads
 
-    def forward(self, log_beta: Tensor, positions: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, log_beta: Tensor, positions: Tensor, seen: Tensor, key_score: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         budget, buffer = self.config.budget, self.config.buffer
         where = event_positions(positions, seen, buffer)
-        keep = select_survivors(log_beta.transpose(0, 1), where, seen, self.config)
+        entries = Entries(log_beta.transpose(0, 1), where, seen, self.layers, self.heads, key_score)
+        keep = select_survivors(entries, self.config)
         destination, source = plan_moves(keep, budget)
         by_slot = destination.transpose(0, 1)
         moved = log_beta.scatter(0, by_slot, log_beta.gather(0, source.transpose(0, 1)))
@@ -52,11 +57,21 @@ class _Evict(nn.Module):
         return destination, source, moved, positions.scatter(1, to, where.gather(1, origin))
 
 
-def evict_function(config: CacheConfig, rows: int) -> FunctionProto:
-    """``trimkv::Evict`` for ``rows`` (layer, KV head) pairs.
+class _KeyScores(nn.Module):
+    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.score = score
 
-    Inputs: log_beta float32 ``[slots, rows]``, positions int64 ``[rows, budget]``, seen int64 ``[1]``. Outputs:
-    destination and source int64 ``[rows, buffer]``, then the first two inputs after the event.
+    def forward(self, cache: Tensor) -> Tensor:
+        return self.score(cache[0])
+
+
+def evict_function(config: CacheConfig, layers: int, heads: int) -> FunctionProto:
+    """``trimkv::Evict`` for all (layer, KV head) pairs.
+
+    Inputs: log_beta float32 ``[slots, rows]``, positions int64 ``[rows, budget]``, seen int64 ``[1]``, and for policies
+    that score keys key_score float32 ``[rows, slots]``. Outputs: destination and source int64 ``[rows, buffer]``, then
+    the first two inputs after the event.
 
     Raises:
         ConfigError: look-ahead scores, which are not exported.
@@ -65,20 +80,39 @@ def evict_function(config: CacheConfig, rows: int) -> FunctionProto:
         raise ConfigError(
             f"lookahead is {config.lookahead}, but the onnx target exports the single-step score only: use lookahead 1"
         )
+    rows = layers * heads
     log_beta = torch.zeros(config.slots, rows)
     positions = torch.arange(config.budget, dtype=torch.int64).expand(rows, -1).contiguous()
     inputs = ["log_beta", "positions", "seen"]
     outputs = ["destination", "source", "log_beta_out", "positions_out"]
-    args = (log_beta, positions, torch.tensor([config.slots]))
+    args = [log_beta, positions, torch.tensor([config.slots])]
+    if find_policy(config.policy).key_score:
+        inputs.append("key_score")
+        args.append(torch.zeros(rows, config.slots))
+    module = _Evict(config, layers, heads)
+    return _function("Evict", module, tuple(args), inputs, outputs, list(_SETTINGS))
+
+
+def key_scores_function(
+    score: Callable[[Tensor], Tensor], config: CacheConfig, heads: int, head_dim: int
+) -> FunctionProto:
+    """``trimkv::KeyScores``: one layer's keys ``[1, heads, slots, head_dim]`` -> ``[heads, slots]``."""
+    cache = torch.ones(1, heads, config.slots, head_dim)
+    return _function("KeyScores", _KeyScores(score), (cache,), ["cache"], ["scores"], [])
+
+
+def _function(
+    name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: list[str], outputs: list[str], settings: list[str]
+) -> FunctionProto:
+    """A traced module as a model-local function."""
     # Folding without a limit would store a table of all slot numbers.
-    model = trace(_Evict(config), args, inputs, outputs, OPSET, fold_limit=16).model_proto
+    model = trace(module, args, inputs, outputs, OPSET, fold_limit=16).model_proto
     constants = [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in model.graph.initializer]
     nodes = [*constants, *model.graph.node]
     for node in nodes:
         node.ClearField("metadata_props")
-    return helper.make_function(
-        DOMAIN, "Evict", inputs, outputs, nodes, [helper.make_opsetid("", OPSET)], attributes=list(_SETTINGS)
-    )
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, opset, attributes=settings)
 
 
 def move_rows_function(heads: int) -> FunctionProto:
@@ -122,21 +156,31 @@ def evict_model(config: CacheConfig, num_layers: int, num_kv_heads: int, head_di
     caches = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
     tensors = tables + [(name, TensorProto.FLOAT, [1, num_kv_heads, config.slots, head_dim]) for name in caches]
     settings = {name: value for name, value in asdict(config).items() if name in _SETTINGS}
-    nodes = [
+    functions = [evict_function(config, num_layers, num_kv_heads), move_rows_function(num_kv_heads)]
+    nodes, given = [], ["past.log_beta", "past.positions", "seen"]
+    score = find_policy(config.policy).key_score
+    if score:
+        functions.append(key_scores_function(score, config, num_kv_heads, head_dim))
+        by_layer = [f"key_score.{layer}" for layer in range(num_layers)]
+        for layer, name in enumerate(by_layer):
+            nodes.append(helper.make_node("KeyScores", [f"past.{layer}.key"], [name], domain=DOMAIN))
+        nodes.append(helper.make_node("Concat", by_layer, ["key_score"], axis=0))
+        given.append("key_score")
+    nodes.append(
         helper.make_node(
             "Evict",
-            ["past.log_beta", "past.positions", "seen"],
+            given,
             ["destination", "source", "present.log_beta", "present.positions"],
             domain=DOMAIN,
             **settings,
-        ),
-    ]
+        )
+    )
     for table in ("destination", "source"):
         parts = [f"{table}.{layer}" for layer in range(num_layers)]
         nodes.append(helper.make_node("Split", [table], parts, axis=0, num_outputs=num_layers))
     for name in caches:
-        layer = name.split(".")[0]
-        names = [f"past.{name}", f"destination.{layer}", f"source.{layer}"]
+        number = name.split(".")[0]
+        names = [f"past.{name}", f"destination.{number}", f"source.{number}"]
         nodes.append(helper.make_node("MoveRows", names, [f"present.{name}"], domain=DOMAIN))
 
     def values(prefix: str) -> list[ValueInfoProto]:
@@ -147,7 +191,7 @@ def evict_model(config: CacheConfig, num_layers: int, num_kv_heads: int, head_di
     )
     model = helper.make_model(
         graph,
-        functions=[evict_function(config, rows), move_rows_function(num_kv_heads)],
+        functions=functions,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
         ir_version=IR_VERSION,
         producer_name="trimkv-edge",

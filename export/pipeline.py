@@ -14,7 +14,7 @@ from pathlib import Path
 from trimkv_edge.budget import MemoryEstimate, ModelShape, check_fits, estimate_memory, parse_budget
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.eviction import POLICIES
+from trimkv_edge.eviction import find_policy
 from trimkv_edge.export.targets import TARGETS, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
@@ -22,6 +22,8 @@ from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, des
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
 from trimkv_edge.models.source import ModelSource, find_source
+from trimkv_edge.policies import POLICIES
+from trimkv_edge.policies.base import LOG_BETA, Policy
 from trimkv_edge.runtime.engines import engine_class
 
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
@@ -36,7 +38,7 @@ class ExportRequest:
     budget: str = "512"
     buffer: int = 128
     prefill_chunk: int = 128
-    policy: str = "per-head"
+    policy: str = "trimkv"
     sinks: int = 0
     recent: int = 0
     targets: tuple[str, ...] = ("executorch", "onnx")
@@ -82,15 +84,18 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     """
     if request.dtype != "float32":
         raise ConfigError(f"dtype {request.dtype!r} cannot be exported yet: use --dtype float32")
-    if request.policy not in POLICIES:
-        raise ConfigError(f"policy {request.policy!r} is not known; use one of {', '.join(POLICIES)}")
+    policy = find_policy(request.policy)
+    if not policy.exports:
+        able = ", ".join(name for name, policy in POLICIES.items() if policy.exports)
+        raise ConfigError(f"policy {request.policy!r} runs in the eager engine only (see --help): export one of {able}")
     ops = check_ops(request.targets, request.ops)
     source = find_source(request.model, request.weights, request.random_weights)
-    choose_gates(source, request.gates)
+    request = replace(request, gates=_gates_for(policy, source, request.gates))
+    kind, _ = choose_gates(source, request.gates)
     config = source.config
     width = min(source.family.gate_intermediate_size, config.hidden_size)
     gate_parameters = config.num_hidden_layers * width * (config.hidden_size + config.num_key_value_heads)
-    shape = source.shape(gate_parameters)
+    shape = source.shape(0 if kind == "none" else gate_parameters)
     cache = CacheConfig(
         budget=parse_budget(request.budget, shape, request.buffer, request.dtype),
         buffer=request.buffer,
@@ -103,6 +108,17 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
     return ExportPlan(request, source, shape, cache, memory, ops)
+
+
+def _gates_for(policy: Policy, source: ModelSource, gates: str | None) -> str | None:
+    """Policies that read no log-betas do without gates where a model has none of its own."""
+    if LOG_BETA in policy.reads:
+        if gates == "none":
+            raise ConfigError(
+                f"policy {policy.name} ranks by retention gates: leave out --gates none, or change --policy"
+            )
+        return gates
+    return gates or (None if source.gates else "none")
 
 
 def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:

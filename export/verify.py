@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, Engine, IntArray
 from trimkv_edge.errors import VerificationError
-from trimkv_edge.eviction import protect
-from trimkv_edge.retention import retention_score
+from trimkv_edge.eviction import find_policy, score_entries
+from trimkv_edge.policies.base import Entries
 
 MIN_EVENTS = 5
 
@@ -152,11 +153,14 @@ def compare_survivors(
         (mismatches, undecidable): entries that only one side kept, and those of them whose scores float32 cannot rank.
     """
     mismatches = undecidable = 0
+    scores = None
     for layer, head in np.ndindex(*want.shape[:2]):
         lost = np.setdiff1d(want[layer, head], got[layer, head])
         if lost.size:
             extra = np.setdiff1d(got[layer, head], want[layer, head])
-            count = _too_close(before, config, layer, head, lost, extra, score_rel)
+            scores = _scores(before, config) if scores is None else scores
+            scale = find_policy(config.policy).scale
+            count = _too_close(scores[layer, head], before.positions[layer, head], lost, extra, score_rel, scale)
             undecidable += count
             mismatches += max(lost.size, extra.size) - count
     return mismatches, undecidable
@@ -176,23 +180,23 @@ def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report
         artefact.load_state(reference.state())
 
 
+def _scores(state: CacheState, config: CacheConfig) -> Tensor:
+    """The policy's scores of all entries, ``[layers, kv_heads, live]``."""
+    layers, heads = state.log_beta.shape[:2]
+    log_beta, positions, key = (torch.from_numpy(x).flatten(0, 1) for x in (state.log_beta, state.positions, state.key))
+    score = find_policy(config.policy).key_score
+    entries = Entries(log_beta, positions, state.seen, layers, heads, key_score=score(key) if score else None)
+    return score_entries(entries, config).view(layers, heads, -1)
+
+
 def _too_close(
-    before: CacheState,
-    config: CacheConfig,
-    layer: int,
-    head: int,
-    lost: IntArray,
-    extra: IntArray,
-    score_rel: float,
+    scores: Tensor, positions: IntArray, lost: IntArray, extra: IntArray, score_rel: float, scale: float | None
 ) -> int:
-    """How many swapped pairs have scores that float32 noise can reorder."""
-    if lost.size != extra.size or not np.isin(extra, before.positions[layer, head]).all():
+    """How many swapped pairs of one head have scores that float32 noise can reorder."""
+    if lost.size != extra.size or not np.isin(extra, positions).all():
         return 0
-    positions = torch.from_numpy(before.positions[layer, head])
-    scores = retention_score(torch.from_numpy(before.log_beta[layer, head]), positions, before.seen, config.lookahead)
-    scores = protect(scores, positions, before.seen, config.sinks, config.recent)
     by_position = dict(zip(positions.tolist(), scores.tolist(), strict=True))
     pairs = zip(
         sorted(by_position[p] for p in lost.tolist()), sorted(by_position[p] for p in extra.tolist()), strict=True
     )
-    return sum(0 < abs(a - b) <= score_rel * max(abs(a), abs(b)) for a, b in pairs)
+    return sum(0 < abs(a - b) <= score_rel * (max(abs(a), abs(b)) if scale is None else scale) for a, b in pairs)

@@ -8,7 +8,9 @@ import torch
 from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.errors import StateError
 from trimkv_edge.models.gated import GatedModel, chunk_positions
+from trimkv_edge.policies.base import MASS, WINDOW
 
 
 class EagerEngine(Engine):
@@ -58,6 +60,11 @@ class EagerEngine(Engine):
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
         cache = self.cache
+        if cache.policy.reads & {MASS, WINDOW}:
+            raise StateError(
+                f"policy {cache.policy.name} needs the attention of the past, which a saved state does not hold: "
+                "read the stream again"
+            )
         for layer in range(self.num_layers):
             cache.key[layer][0] = torch.from_numpy(key[layer])
             cache.value[layer][0] = torch.from_numpy(value[layer])

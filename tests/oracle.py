@@ -51,10 +51,10 @@ class OracleCache:
         sinks: int = 0,
         recent: int = 0,
         lookahead: int = 1,
-        policy: str = "per-head",
+        policy: str = "trimkv",
         min_per_head: int = 0,
     ) -> None:
-        if policy not in ("per-head", "global"):
+        if policy not in ("trimkv", "global"):
             raise ValueError(policy)
         self.budget, self.buffer = budget, buffer
         self.sinks, self.recent, self.lookahead = sinks, recent, lookahead
@@ -71,13 +71,13 @@ class OracleCache:
     def room(self) -> int:
         """Tokens that may be added to every head before the next event."""
         full = self.budget + self.buffer
-        if self.policy == "per-head":
+        if self.policy == "trimkv":
             return full - max(len(entries) for entries in self.heads.values())
         return full - sum(len(entries) for entries in self.heads.values()) // len(self.heads)
 
     def end_step(self, seen: int) -> bool:
         """After a step: run the eviction event if the cache is full; says whether it ran."""
-        if self.policy == "per-head":
+        if self.policy == "trimkv":
             full = [where for where, entries in self.heads.items() if len(entries) >= self.budget + self.buffer]
             for where in full:
                 self._keep_best([where], self.budget, 0, seen)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import StateError
-from trimkv_edge.eviction import plan_moves, select_survivors
+from trimkv_edge.eviction import plan_moves, policy_of, select_survivors
+from trimkv_edge.policies.base import KEY, MASS, WINDOW, Entries
 
 
 class StaticCache:
@@ -18,6 +19,7 @@ class StaticCache:
         key, value: per layer, ``[batch, kv_heads, slots, head_dim]``; keys after RoPE.
         log_beta: float32 ``[batch, layers, kv_heads, slots]``.
         positions: int64 ``[batch, layers, kv_heads, slots]``.
+        mass: float32, shaped like ``log_beta``: attention received so far; None unless the policy reads it.
         seen: tokens read; live: filled slots, alike in every head.
     """
 
@@ -38,6 +40,12 @@ class StaticCache:
         self.value = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.log_beta = torch.zeros(rows, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.policy = policy_of(config)
+        self.mass = torch.zeros(rows, device=device) if MASS in self.policy.reads else None
+        # The newest queries: at an event all entries that they saw are still live, so their attention can be redone.
+        self._window = self.policy.observes(config)
+        self._queries: list[Tensor | None] = [None] * num_layers
+        self._scale = 1.0
         self.seen = 0
         self.live = 0
 
@@ -56,14 +64,18 @@ class StaticCache:
         self.key[layer][:, :, start:end] = key
         self.value[layer][:, :, start:end] = value
         visible = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
-        out = F.scaled_dot_product_attention(
-            query,
-            self.key[layer][:, :, :end],
-            self.value[layer][:, :, :end],
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        keys, values = self.key[layer][:, :, :end], self.value[layer][:, :, :end]
+        if self._window:
+            held = self._queries[layer]
+            newest = query if held is None else torch.cat([held, query], 2)
+            self._queries[layer], self._scale = newest[:, :, -self._window :], scale
+        if self.mass is not None:
+            weights = attention_weights(query, keys, scale, visible)
+            self.mass[:, layer, :, start:end] = 0.0
+            self.mass[:, layer, :, :end] += weights.sum((2, 3))
+            return (weights.to(values.dtype) @ values.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
@@ -82,16 +94,15 @@ class StaticCache:
 
         Raises:
             StateError: the ring is not full.
+            BudgetError: the policy never evicts.
         """
         if self.live != self.config.slots:
             raise StateError(f"eviction runs when {self.config.slots} entries are live, now {self.live} are")
-        budget, slots = self.config.budget, self.config.slots
+        budget = self.config.budget
         rows = self.log_beta.shape[:-1]
-        keep = select_survivors(
-            self.log_beta.reshape(-1, slots), self.positions.reshape(-1, slots), self.seen, self.config
-        )
+        keep = select_survivors(self.entries(), self.config)
         destination, source = (index.view(*rows, -1) for index in plan_moves(keep, budget))
-        for table in (self.log_beta, self.positions):
+        for table in (self.log_beta, self.positions, *([] if self.mass is None else [self.mass])):
             table.scatter_(-1, destination, table.gather(-1, source))
         for layer, pair in enumerate(zip(self.key, self.value, strict=True)):
             for rows_of in pair:
@@ -101,7 +112,53 @@ class StaticCache:
                 rows_of.scatter_(2, to, rows_of.gather(2, origin))
         self.live = budget
 
+    def entries(self) -> Entries:
+        """What the policy may look at, once all slots are live."""
+        reads, layers = self.policy.reads, len(self.key)
+        rows = self.log_beta.shape[:-1]
+        return Entries(
+            self.log_beta.flatten(0, 2),
+            self.positions.flatten(0, 2),
+            self.seen,
+            layers,
+            rows[-1],
+            key_score=self._rows([score(key) for key in self.key]) if (score := self.policy.key_score) else None,
+            key=self._rows(self.key) if KEY in reads else None,
+            mass=self.mass.flatten(0, 2) if self.mass is not None else None,
+            window=self._rows([self._window_of(layer) for layer in range(layers)]) if WINDOW in reads else None,
+        )
+
+    @staticmethod
+    def _rows(by_layer: list[Tensor]) -> Tensor:
+        """Per layer ``[batch, kv_heads, ...]`` -> ``[rows, ...]``."""
+        return torch.stack(by_layer, 1).flatten(0, 2)
+
+    def _window_of(self, layer: int) -> Tensor:
+        """Attention of the newest W queries over all entries, ``[batch, kv_heads, W, slots]``."""
+        query = self._queries[layer]
+        assert query is not None
+        first = self.seen - query.shape[2]
+        asked = torch.arange(first, self.seen, device=query.device).view(-1, 1)
+        visible = self.positions[:, layer, :, None, None, :] <= asked
+        return attention_weights(query, self.key[layer], self._scale, visible).mean(2)
+
     def reset(self) -> None:
         """Empties the cache."""
         self.seen = 0
         self.live = 0
+        self._queries = [None] * len(self.key)
+
+
+def attention_weights(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
+    """Softmax weights, for policies that look at them.
+
+    Args:
+        query: ``[batch, heads, T, head_dim]``; key: ``[batch, kv_heads, slots, head_dim]``.
+        visible: bool, broadcasts to the result.
+
+    Returns:
+        float32 ``[batch, kv_heads, group, T, slots]``.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1)).float()
+    logits = scale * grouped @ key.float().unsqueeze(2).transpose(-1, -2)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1)

@@ -18,7 +18,7 @@ class CacheConfig:
         budget: entries M that each KV head keeps after an eviction event.
         buffer: entries B of the ring buffer; an event runs when a head holds M + B entries.
         prefill_chunk: most tokens per prefill call; at most ``buffer``, so that the bound holds during prefill too.
-        policy: name of the eviction policy (see :mod:`trimkv_edge.eviction`).
+        policy: name of the eviction policy (see :mod:`trimkv_edge.policies`).
         sinks: first positions of the stream that never leave (0, as published).
         recent: newest positions that never leave (0, as published).
         lookahead: steps of the look-ahead score; 1 is the single-step score.
@@ -31,7 +31,7 @@ class CacheConfig:
     budget: int
     buffer: int = 128
     prefill_chunk: int = 128
-    policy: str = "per-head"
+    policy: str = "trimkv"
     sinks: int = 0
     recent: int = 0
     lookahead: int = 1

@@ -1,4 +1,4 @@
-"""Eviction policies as pure functions on scores, written in ops that every target has (DESIGN sections 2 and 3).
+"""Eviction as pure functions, written in ops that every target has (docs/design.md).
 
 A policy says who stays: a boolean mask over ``[rows, slots]``, one row per (layer, KV head). ``plan_moves`` turns the
 mask into the at most B row moves per head that keep the survivors in the live prefix ``[0, M)``.
@@ -6,63 +6,53 @@ mask into the at most B row moves per head that keep the survivors in the live p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.retention import retention_score
-
-_PROTECTED = 3.0e38
-_NEVER = torch.iinfo(torch.int64).max
-
-
-def protect(scores: Tensor, positions: Tensor, seen: Tensor | int, sinks: int, recent: int) -> Tensor:
-    """Lifts the scores of the first ``sinks`` and the newest ``recent`` positions above every other."""
-    if sinks:
-        scores = torch.where(positions < sinks, _PROTECTED, scores)
-    if recent:
-        scores = torch.where(positions >= seen - recent, _PROTECTED, scores)
-    return scores
+from trimkv_edge.policies import POLICIES
+from trimkv_edge.policies.base import LOG_BETA, Entries, Policy
+from trimkv_edge.policies.selection import protect
 
 
-def keep_per_head(scores: Tensor, positions: Tensor, budget: int) -> Tensor:
-    """Each row keeps its best ``budget`` entries; of equal scores the older entry leaves first (DESIGN 2.5).
+def find_policy(name: str) -> Policy:
+    """The policy of that name.
 
-    Only the *values* of top-k are used: which of two equal values top-k returns differs between runtimes.
-
-    Args:
-        scores: float32 ``[rows, slots]``, all slots live.
-        positions: int64 ``[rows, slots]``, distinct within a row.
-        budget: entries that stay; fewer than ``slots``.
-
-    Returns:
-        bool ``[rows, slots]``, True exactly ``budget`` times per row.
+    Raises:
+        ConfigError: there is none.
     """
-    leaving = scores.shape[-1] - budget
-    threshold = torch.topk(scores, leaving, dim=-1, largest=False, sorted=True).values[..., -1:]
-    # Everything below the threshold leaves; of those at the threshold, the oldest.
-    order = torch.where(scores < threshold, -1, torch.where(scores == threshold, positions, _NEVER))
-    last = torch.topk(order, leaving, dim=-1, largest=False, sorted=True).values[..., -1:]
-    return order > last
+    policy = POLICIES.get(name)
+    if policy is None:
+        raise ConfigError(f"policy {name!r} is not known; use one of {', '.join(POLICIES)}")
+    return policy
 
 
-PolicyFn = Callable[[Tensor, Tensor, int], Tensor]
+def policy_of(config: CacheConfig) -> Policy:
+    """The policy of a cache whose other settings it can honour.
 
-POLICIES: dict[str, PolicyFn] = {
-    "per-head": keep_per_head,
-}
+    Raises:
+        ConfigError: the policy is not known, or look-ahead is asked of one that does not read retention gates.
+    """
+    policy = find_policy(config.policy)
+    if config.lookahead != 1 and LOG_BETA not in policy.reads:
+        raise ConfigError(
+            f"lookahead is {config.lookahead}, but policy {policy.name} does not score by retention: use lookahead 1"
+        )
+    return policy
 
 
-def select_survivors(log_beta: Tensor, positions: Tensor, seen: Tensor | int, config: CacheConfig) -> Tensor:
+def score_entries(entries: Entries, config: CacheConfig) -> Tensor:
+    """The policy's scores with ``sinks`` and ``recent`` lifted above all others, float32 ``[rows, slots]``."""
+    scores = find_policy(config.policy).score(entries, config)
+    return protect(scores, entries.positions, entries.seen, config.sinks, config.recent)
+
+
+def select_survivors(entries: Entries, config: CacheConfig) -> Tensor:
     """Who stays at an eviction event.
 
     Args:
-        log_beta: float32 ``[rows, slots]``; rows = layers x KV heads (row = layer * H + head), all slots live.
-        positions: int64 ``[rows, slots]``.
-        seen: tokens read so far, an int or an int64 tensor that broadcasts.
+        entries: what is live; rows = layers x KV heads (row = layer * H + head).
         config: budget, protection, look-ahead and the policy's name.
 
     Returns:
@@ -70,13 +60,9 @@ def select_survivors(log_beta: Tensor, positions: Tensor, seen: Tensor | int, co
 
     Raises:
         ConfigError: unknown policy.
+        BudgetError: the policy never evicts.
     """
-    policy = POLICIES.get(config.policy)
-    if policy is None:
-        raise ConfigError(f"policy {config.policy!r} is not known; use one of {', '.join(POLICIES)}")
-    scores = retention_score(log_beta, positions, seen, config.lookahead)
-    scores = protect(scores, positions, seen, config.sinks, config.recent)
-    return policy(scores, positions, config.budget)
+    return find_policy(config.policy).select(score_entries(entries, config), entries.positions, config.budget)
 
 
 def plan_moves(keep: Tensor, budget: int) -> tuple[Tensor, Tensor]:

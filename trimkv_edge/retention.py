@@ -84,6 +84,20 @@ class RetentionGate(nn.Module):
         return log_sigmoid(self.logit(x).float())
 
 
+class NoGate(nn.Module):
+    """Stands where a model has no gate: every log-beta is 0. For policies that do not read them."""
+
+    kind = "none"
+
+    def __init__(self, num_kv_heads: int) -> None:
+        super().__init__()
+        self.num_kv_heads = num_kv_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden_size] -> zeros [..., num_kv_heads]`` in float32."""
+        return x.new_zeros(*x.shape[:-1], self.num_kv_heads, dtype=torch.float32)
+
+
 def build_gates(
     kind: str,
     num_layers: int,

@@ -10,19 +10,10 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.models.gated import GatedModel
 
 
-class WindowCache(StaticCache):
-    """The sinks + window baseline (StreamingLLM's choice): equal retention everywhere, so the oldest leave first."""
-
-    def retain(self, layer: int, log_beta: Tensor) -> None:
-        """Ignores the gates."""
-        super().retain(layer, torch.full_like(log_beta, -1.0))
-
-
-def make_cache(model: GatedModel, config: CacheConfig, rows: int, window: bool = False) -> StaticCache:
+def make_cache(model: GatedModel, config: CacheConfig, rows: int) -> StaticCache:
     """An empty cache for `rows` streams."""
     shape = model.config
-    kind = WindowCache if window else StaticCache
-    return kind(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim, batch=rows)
+    return StaticCache(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim, batch=rows)
 
 
 def full_cache(model: GatedModel, tokens: int, rows: int, chunk: int = 128) -> StaticCache:

@@ -90,14 +90,14 @@ def table(
         for method in (*models, "window"):
             model = models.get(method, any_model)
             for budget in budgets:
-                config = CacheConfig(budget, BUFFER, min(BUFFER, budget), sinks=SINKS if method == "window" else 0)
-                make = lambda: bounded.make_cache(model, config, rows, method == "window")  # noqa: B023, E731
+                policy, sinks = ("streaming", SINKS) if method == "window" else ("trimkv", 0)
+                config = CacheConfig(budget, BUFFER, min(BUFFER, budget), policy, sinks)
                 record = {
                     "length": length,
                     "method": method,
                     "budget": budget,
-                    "recall": recall(model, make(), ids, kinds),
-                    "text_loss": text_loss(model, make(), text),
+                    "recall": recall(model, bounded.make_cache(model, config, rows), ids, kinds),
+                    "text_loss": text_loss(model, bounded.make_cache(model, config, rows), text),
                 }
                 records.append(record)
                 print(record, flush=True)

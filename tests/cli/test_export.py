@@ -42,6 +42,14 @@ def test_dry_run_estimates_and_writes_nothing(model: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_streaming_has_the_published_sinks_unless_told(model: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(model), "--random-weights", "--buffer", "16", "--dry-run", "--policy", "streaming")
+    shown = run(*arguments, cwd=tmp_path).stdout
+    assert "policy    streaming, 4 sinks\n" in shown
+    assert "parameters without gates" in shown
+    assert "policy    streaming\n" in run(*arguments, "--sinks", "0", cwd=tmp_path).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -54,6 +62,8 @@ def test_dry_run_estimates_and_writes_nothing(model: Path, tmp_path: Path) -> No
         (["--gates", "none.safetensors"], "no gate file at none.safetensors"),
         (["--rope", "long"], "needs a LongRoPE model"),
         (["--seed", "-1"], "seed is -1"),
+        (["--policy", "h2o"], "export one of trimkv, streaming, keydiff, random"),
+        (["--gates", "none"], "policy trimkv ranks by retention gates"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

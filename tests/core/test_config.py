@@ -33,8 +33,8 @@ def test_zero_is_too_few(name: str) -> None:
     [
         ((64, 16, 17), ConfigError, ["17", "16", "--prefill-chunk", "--buffer"]),
         ((15, 16, 16), BudgetError, ["15", "16", "--budget", "--prefill-chunk"]),
-        ((64, 16, 16, "per-head", 60, 5), BudgetError, ["60", "5", "64", "--budget"]),
-        ((64, 16, 16, "per-head", 65), BudgetError, ["65", "64", "--budget"]),
+        ((64, 16, 16, "trimkv", 60, 5), BudgetError, ["60", "5", "64", "--budget"]),
+        ((64, 16, 16, "trimkv", 65), BudgetError, ["65", "64", "--budget"]),
     ],
 )
 def test_contradictions(settings: tuple[Any, ...], error: type[TrimKVError], parts: list[str]) -> None:
@@ -47,7 +47,7 @@ def test_contradictions(settings: tuple[Any, ...], error: type[TrimKVError], par
 
 @pytest.mark.parametrize(
     ("settings", "slots"),
-    [((1, 1, 1), 2), ((16, 16, 16), 32), ((2048,), 2176), ((8, 16, 8), 24), ((8, 4, 4, "per-head", 3, 5), 12)],
+    [((1, 1, 1), 2), ((16, 16, 16), 32), ((2048,), 2176), ((8, 16, 8), 24), ((8, 4, 4, "trimkv", 3, 5), 12)],
 )
 def test_valid_edges(settings: tuple[Any, ...], slots: int) -> None:
     assert CacheConfig(*settings).slots == slots
@@ -55,6 +55,6 @@ def test_valid_edges(settings: tuple[Any, ...], slots: int) -> None:
 
 def test_published_defaults_and_frozen() -> None:
     config = CacheConfig(512)
-    assert (config.sinks, config.recent, config.lookahead, config.policy) == (0, 0, 1, "per-head")
+    assert (config.sinks, config.recent, config.lookahead, config.policy) == (0, 0, 1, "trimkv")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.budget = 4  # type: ignore[misc]

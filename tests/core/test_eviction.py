@@ -12,6 +12,7 @@ from oracle import OracleCache
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import event_positions, plan_moves, select_survivors
+from trimkv_edge.policies.base import Entries
 
 F32 = np.float32
 SPECIAL = [0.0, -0.0, -1e38, -3.4e38, -1e-38, -1e-45, -7e-45, -1e-7, -0.5]
@@ -69,7 +70,7 @@ def oracle_rows(
 def test_survivors_equal_the_oracle(case: tuple[CacheConfig, int, list[list[int]], list[list[float]]]) -> None:
     config, seen, positions, values = case
     table = torch.tensor(positions)
-    keep = select_survivors(torch.tensor(values, dtype=torch.float32), table, seen, config)
+    keep = select_survivors(Entries(torch.tensor(values, dtype=torch.float32), table, seen), config)
     assert keep.dtype == torch.bool
     assert keep.sum(-1).tolist() == [config.budget] * len(positions)
     got = [sorted(table[row][keep[row]].tolist()) for row in range(len(positions))]
@@ -92,7 +93,7 @@ TIES = [
 @pytest.mark.parametrize(("log_beta", "positions", "survivors"), TIES)
 def test_hand_written_ties(log_beta: list[float], positions: list[int], survivors: list[int]) -> None:
     config = CacheConfig(2, 2, 2)
-    keep = select_survivors(torch.tensor([log_beta]), torch.tensor([positions]), 4, config)
+    keep = select_survivors(Entries(torch.tensor([log_beta]), torch.tensor([positions]), 4), config)
     assert sorted(torch.tensor(positions)[keep[0]].tolist()) == survivors
     assert oracle_rows(config, 4, [positions], [log_beta]) == [survivors]
 
@@ -101,7 +102,8 @@ def test_positions_past_float32_do_not_collapse() -> None:
     """Neighbours that one float32 cannot tell apart: exact integer positions break the tie."""
     seen = 2**25 + 4
     row = [2**24 + 1, 2**24, seen - 2, seen - 1]
-    keep = select_survivors(torch.tensor([[-1e-9, -1e-9, -1.0, 0.0]]), torch.tensor([row]), seen, CacheConfig(2, 2, 2))
+    entries = Entries(torch.tensor([[-1e-9, -1e-9, -1.0, 0.0]]), torch.tensor([row]), seen)
+    keep = select_survivors(entries, CacheConfig(2, 2, 2))
     assert sorted(torch.tensor(row)[keep[0]].tolist()) == [2**24 + 1, seen - 1]
 
 
@@ -109,7 +111,7 @@ def test_positions_past_float32_do_not_collapse() -> None:
 def test_protection(sinks: int, recent: int, want: list[int]) -> None:
     config = CacheConfig(2, 4, 2, sinks=sinks, recent=recent)
     log_beta = torch.tensor([[-9.0, -9.0, 0.0, 0.0, -9.0, -9.0]])
-    keep = select_survivors(log_beta, torch.arange(6)[None], 6, config)
+    keep = select_survivors(Entries(log_beta, torch.arange(6)[None], 6), config)
     assert torch.arange(6)[keep[0]].tolist() == want
 
 
@@ -118,7 +120,7 @@ def test_look_ahead_survivors(lookahead: int) -> None:
     config = CacheConfig(24, 8, 8, lookahead=lookahead)
     log_beta = -torch.logspace(-4, 1, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
     positions = torch.arange(32)
-    keep = select_survivors(log_beta[None], positions[None], 32, config)
+    keep = select_survivors(Entries(log_beta[None], positions[None], 32), config)
     assert [positions[keep[0]].tolist()] == oracle_rows(config, 32, [positions.tolist()], [log_beta.tolist()])
 
 
@@ -126,15 +128,15 @@ def test_seen_as_tensor_gives_the_same_survivors() -> None:
     log_beta = -torch.rand(6, 12, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(12).expand(6, -1)
     config = CacheConfig(8, 4, 4, sinks=1, recent=1)
-    as_int = select_survivors(log_beta, positions, 12, config)
-    assert torch.equal(as_int, select_survivors(log_beta, positions, torch.tensor([12]), config))
+    as_int = select_survivors(Entries(log_beta, positions, 12), config)
+    assert torch.equal(as_int, select_survivors(Entries(log_beta, positions, torch.tensor([12])), config))
 
 
 def test_unknown_policy() -> None:
     config = CacheConfig(4, 4, 4)
     object.__setattr__(config, "policy", "newest")
-    with pytest.raises(ConfigError, match=r"'newest'.*per-head"):
-        select_survivors(torch.zeros(1, 8), torch.arange(8)[None], 8, config)
+    with pytest.raises(ConfigError, match=r"'newest'.*trimkv"):
+        select_survivors(Entries(torch.zeros(1, 8), torch.arange(8)[None], 8), config)
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,6 +10,7 @@ import torch
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.eviction import event_positions, plan_moves, select_survivors
 from trimkv_edge.export.onnx_evict import evict_model
+from trimkv_edge.policies.base import Entries
 
 LAYERS, HEADS, WIDTH = 2, 3, 5
 CONFIGS = [
@@ -51,7 +52,7 @@ def test_agrees_with_torch_bit_for_bit(config: CacheConfig) -> None:
         after = run(session, before, seen)
         log_beta = torch.from_numpy(before["log_beta"]).T
         where = event_positions(torch.from_numpy(before["positions"]), torch.tensor([seen]), config.buffer)
-        keep = select_survivors(log_beta, where, seen, config)
+        keep = select_survivors(Entries(log_beta, where, seen), config)
         to, origin = plan_moves(keep, config.budget)
         moved = where.scatter(1, to, where.gather(1, origin))
         np.testing.assert_array_equal(after["positions"], moved[:, : config.budget])

@@ -64,8 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="most tokens per prefill call, at most the buffer (default: min(128, buffer))",
     )
-    add("--policy", default="per-head", help="eviction policy (default per-head: each KV head keeps its best)")
-    add("--sinks", type=int, default=0, metavar="N", help="first tokens of the stream that never leave (default 0)")
+    add(
+        "--policy",
+        default="trimkv",
+        help="eviction policy: trimkv (default: gates, per head), streaming, keydiff or random (these need no gates)",
+    )
+    add(
+        "--sinks",
+        type=int,
+        metavar="N",
+        help="first tokens of the stream that never leave (default 0; with --policy streaming 4, as published)",
+    )
     add("--recent", type=int, default=0, metavar="N", help="newest tokens that never leave (default 0)")
     add("--target", nargs="+", default=["executorch", "onnx"], metavar="T", help="executorch, onnx (default: both)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")
@@ -74,7 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OPS",
         help="gqa (default, ONNX Runtime's fused attention) or standard (plain ONNX operators)",
     )
-    add("--gates", metavar="KIND|FILE", help="rg or rg10 of the model's own gates, or a .safetensors file")
+    add(
+        "--gates",
+        metavar="KIND|HUB-ID|DIR|FILE",
+        help="rg or rg10 of the model's own, none, or others, ours or published",
+    )
     add("--dtype", default="float32", help="float32")
     add("--rope", default="auto", help="LongRoPE models: short, long or auto (= long)")
     add(
@@ -146,7 +159,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         buffer=args.buffer,
         prefill_chunk=chunk,
         policy=args.policy,
-        sinks=args.sinks,
+        sinks=_sinks(args.policy) if args.sinks is None else args.sinks,
         recent=args.recent,
         targets=tuple(dict.fromkeys(args.target)),
         ops=tuple(op for op in (args.executorch_ops, args.onnx_ops) if op is not None),
@@ -160,15 +173,24 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     )
 
 
+def _sinks(policy: str) -> int:
+    from trimkv_edge.policies.streaming import SINKS
+
+    return SINKS if policy == "streaming" else 0
+
+
 def describe_plan(plan: ExportPlan) -> list[str]:
     """The estimate that is printed before anything is built."""
     shape, config, memory = plan.shape, plan.config, plan.memory
+    gates = "without gates" if plan.request.gates == "none" else "with gates"
+    protected = "".join(f", {count} {what}" for what in ("sinks", "recent") if (count := getattr(config, what)))
     at_32k = full_cache_bytes(shape, 32768, plan.request.dtype)
     return [
-        f"model     {plan.source.name} ({plan.source.origin}): {shape.parameters / 1e6:.1f} M parameters with gates, "
+        f"model     {plan.source.name} ({plan.source.origin}): {shape.parameters / 1e6:.1f} M parameters {gates}, "
         f"{shape.num_layers} layers x {shape.num_kv_heads} KV heads x {shape.head_dim}",
         f"cache     {format_bytes(memory.cache)} for ever: {config.budget} kept + {config.buffer} new entries per head "
         f"(a full cache at 32k tokens: {format_bytes(at_32k)})",
+        f"policy    {config.policy}{protected}",
         f"to run    {format_bytes(memory.peak)}: weights {format_bytes(memory.weights)}, cache, "
         f"workspace {format_bytes(memory.workspace)}",
         f"to export about {format_bytes(plan.export_peak)} of memory; targets: "

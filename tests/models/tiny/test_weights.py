@@ -74,7 +74,7 @@ def test_recall_in_bounded_memory(model) -> None:
     full = evaluate.recall(model, bounded.full_cache(model, 1024, 6), ids, kinds)
     kept = evaluate.recall(model, bounded.make_cache(model, CacheConfig(64, 32, 32), 6), ids, kinds)
     window = evaluate.recall(
-        model, bounded.make_cache(model, CacheConfig(64, 32, 32, sinks=4), 6, window=True), ids, kinds
+        model, bounded.make_cache(model, CacheConfig(64, 32, 32, "streaming", sinks=4), 6), ids, kinds
     )
     assert full > 0.9
     assert kept > 0.8

@@ -1,0 +1,19 @@
+"""Eviction policies: one file each, one line here."""
+
+from trimkv_edge.policies import full, h2o, keydiff, r_kv, random, snapkv, streaming, tova, trimkv
+from trimkv_edge.policies.base import Policy
+
+POLICIES: dict[str, Policy] = {
+    policy.name: policy
+    for policy in (
+        trimkv.POLICY,
+        full.POLICY,
+        streaming.POLICY,
+        keydiff.POLICY,
+        random.POLICY,
+        h2o.POLICY,
+        snapkv.POLICY,
+        r_kv.POLICY,
+        tova.POLICY,
+    )
+}

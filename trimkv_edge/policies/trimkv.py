@@ -1,0 +1,16 @@
+"""Retention gates decide, each KV head for itself (TRIM-KV, arXiv 2512.03324)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.policies.base import LOG_BETA, Entries, Policy
+from trimkv_edge.retention import retention_score
+
+
+def _score(entries: Entries, config: CacheConfig) -> Tensor:
+    return retention_score(entries.log_beta, entries.positions, entries.seen, config.lookahead)
+
+
+POLICY = Policy("trimkv", _score, frozenset([LOG_BETA]), source="TRIM-KV, arXiv 2512.03324")
