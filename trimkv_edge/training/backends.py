@@ -1,9 +1,11 @@
 """Attention of training: whole rows at once, no cache (protocol `trimkv_edge.models.attention.AttentionBackend`)."""
 
+from __future__ import annotations
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimkv_edge.training.losses import decay_bias
+from trimkv_edge.training.attention import decayed_attention
 
 
 class FullAttention:
@@ -26,7 +28,7 @@ class DecayedAttention:
     """Retention-gated attention (TRIM-KV, equation 3).
 
     Args:
-        index: int64 [B,T], see `trimkv_edge.training.losses`.
+        index: int64 [B,T], the place of each token in its stream.
 
     Attributes:
         log_beta: the layers' log-betas of this pass, each [B,T,H], for the capacity loss.
@@ -35,14 +37,14 @@ class DecayedAttention:
     def __init__(self, index: Tensor) -> None:
         self.index = index
         self.log_beta: dict[int, Tensor] = {}
+        self._latest: dict[int, Tensor] = {}
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
-        """Takes the log-betas of the rows."""
-        self.log_beta[layer] = log_beta
+        """Takes the log-betas of the rows. Gradient checkpointing calls this again in the backward pass: attention then
+        uses the new tensor, the loss keeps the first."""
+        self.log_beta.setdefault(layer, log_beta)
+        self._latest[layer] = log_beta
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [B,Hq,T,D], key and value [B,H,T,D] -> [B,T,Hq,D]."""
-        groups = query.shape[1] // key.shape[1]
-        bias = decay_bias(self.log_beta[layer], self.index, groups)
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).transpose(1, 2)
+        return decayed_attention(query, key, value, self._latest[layer], self.index, scale)
