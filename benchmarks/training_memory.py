@@ -11,6 +11,7 @@ at. ``dense`` is the same step with the decay as one T x T matrix per head.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -66,6 +67,19 @@ def build(model: str, device: str, dtype: str, checkpointing: bool) -> Any:
     return GateModule(gated.base, gates, settings).to(device), config.vocab_size
 
 
+def dense_attention(query: Any, key: Any, value: Any, log_beta: Any, index: Any, scale: float) -> Any:
+    """The decay as a T x T bias, for comparison."""
+    import torch
+
+    groups = query.shape[1] // key.shape[1]
+    age = (index[:, :, None] - index[:, None, :])[:, None].float()
+    bias = log_beta.transpose(1, 2)[:, :, None, :] * age.clamp(min=0)
+    bias = bias.masked_fill(age < 0, -1e30).repeat_interleave(groups, 1)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+    return out.transpose(1, 2)
+
+
 class PeakMemory(threading.Thread):
     """Largest resident memory of this process while it runs, in bytes."""
 
@@ -88,10 +102,10 @@ def step(length: int, form: str, model: str, device: str, dtype: str) -> dict[st
     """One step in this process."""
     import torch
 
-    from trimkv_edge.training import attention
+    from trimkv_edge.training import backends
 
     if form == "dense":
-        attention.BLOCK_ELEMENTS = 2**60
+        backends.decayed_attention = dense_attention
     torch.set_num_threads(2)
     module, vocab = build(model, device, dtype, checkpointing=True)
     if device == "cuda":
@@ -147,6 +161,12 @@ def main() -> None:
             peak = record["peak_bytes"]
             line = f"{form:<10} {length:>7} {peak / 2**20:>9.1f} {peak / KIB / length:>10.2f} {record['seconds']:>8.1f}"
             print(line, flush=True)
+    for form in dict.fromkeys(record["form"] for record in results):
+        own = [record for record in results if record["form"] == form]
+        if len(own) > 1:
+            first, last = own[0], own[-1]
+            growth = math.log(last["peak_bytes"] / first["peak_bytes"]) / math.log(last["tokens"] / first["tokens"])
+            print(f"{form}: memory grows as tokens^{growth:.2f} from {first['tokens']} to {last['tokens']}")
     save(
         args.output,
         "training_memory",

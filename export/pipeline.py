@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +14,7 @@ from trimkv_edge.eviction import find_policy
 from trimkv_edge.export.targets import TARGETS, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
+from trimkv_edge.files import new_folder
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
@@ -54,7 +51,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A request whose settings were checked, and what it will cost. Nothing was loaded or written yet."""
+    """A request whose settings were checked, and what it will cost; ``gates`` are kind and file.."""
 
     request: ExportRequest
     source: ModelSource
@@ -62,6 +59,7 @@ class ExportPlan:
     config: CacheConfig
     memory: MemoryEstimate
     ops: dict[str, str]
+    gates: tuple[str, Path | None]
 
     @property
     def export_peak(self) -> int:
@@ -91,7 +89,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     ops = check_ops(request.targets, request.ops)
     source = find_source(request.model, request.weights, request.random_weights)
     request = replace(request, gates=_gates_for(policy, source, request.gates))
-    kind, _ = choose_gates(source, request.gates)
+    kind, gate_path = choose_gates(source, request.gates)
     config = source.config
     width = min(source.family.gate_intermediate_size, config.hidden_size)
     gate_parameters = config.num_hidden_layers * width * (config.hidden_size + config.num_key_value_heads)
@@ -107,7 +105,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     memory = estimate_memory(shape, cache, request.dtype)
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
-    return ExportPlan(request, source, shape, cache, memory, ops)
+    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path))
 
 
 def _gates_for(policy: Policy, source: ModelSource, gates: str | None) -> str | None:
@@ -137,7 +135,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
     plan.check_fits()
     report(f"loading {plan.source.name} ({plan.source.origin}) and its gates")
     loaded = load_model(plan.source, request.gates, request.rope, request.seed)
-    with _new_folder(request.output) as folder:
+    with new_folder(request.output) as folder:
         tokenizer = copy_tokenizer(plan.source.folder, folder, plan.source.config)
         targets: dict[str, Target] = {}
         for name, ops in plan.ops.items():
@@ -202,23 +200,3 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its place when the block ends well and vanishes when it does not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if output.exists():
-            os.replace(output, old)
-        os.replace(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if old.exists() and not output.exists():
-            os.replace(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from trimkv_edge.errors import ModelError
 from trimkv_edge.manifest import GateInfo, file_sha256
+from trimkv_edge.models.published import read_config, read_layers, settle_tied
 from trimkv_edge.retention import build_gates
 
-_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.retention_gate\.([a-z0-9.]+)$")
-_SHARED = ("linear3.weight", "bias")
+PUBLISHED_FILES = ("trimkv_weights.pth", "trimkv_weights.safetensors")
+GATE_FILES = ("gates.safetensors", *PUBLISHED_FILES)
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,24 @@ class GateShape:
         return cls(config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, config.hidden_act)
 
 
+def declared_shape(fields: dict[str, Any], path: Path) -> GateShape:
+    """What a gate repository's ``config.json`` (:func:`~trimkv_edge.models.published.read_config`) says it fits.
+
+    Raises:
+        ModelError: a field is missing or has an impossible value.
+    """
+    for name in ("num_hidden_layers", "hidden_size", "num_key_value_heads"):
+        value = fields.get(name)
+        if type(value) is not int or not 0 < value < 10**6:
+            raise ModelError(f"{path}: {name} is {value!r}, but gates need a positive number")
+    act = fields.get("hidden_act")
+    if type(act) is not str:
+        raise ModelError(f"{path}: hidden_act is {act!r}, but gates need the name of an activation")
+    return GateShape(
+        fields["num_hidden_layers"], fields["hidden_size"], fields["num_key_value_heads"], fields["hidden_act"]
+    )
+
+
 def random_gates(kind: str, shape: GateShape, intermediate_size: int, seed: int) -> nn.ModuleList:
     """Untrained gates for shape work; their log-betas are spread over heads and tokens so that evictions differ."""
     with torch.random.fork_rng():
@@ -51,7 +68,12 @@ def random_gates(kind: str, shape: GateShape, intermediate_size: int, seed: int)
 
 
 def save_gates(gates: nn.ModuleList, path: Path, info: dict[str, Any]) -> None:
-    """Writes ``path`` (safetensors, published key names; shared tensors once per layer) and its ``.json``."""
+    """Writes ``path`` (safetensors, published key names; shared tensors once per layer) and its ``.json``.
+
+    ``info``: ``kind``, ``num_layers``, ``num_kv_heads``, ``hidden_size``, ``intermediate_size``, ``hidden_act``,
+    ``base_model``, ``base_sha256`` (the only field that loading reads: gates of other weights are refused), ``memory``
+    (trained M per head); of trained gates ``steps``, ``training``, ``metrics``; of imported ones ``source``.
+    """
     tensors = {
         f"model.layers.{layer}.self_attn.retention_gate.{name}": tensor.detach().clone().contiguous()
         for layer, gate in enumerate(gates)
@@ -61,26 +83,34 @@ def save_gates(gates: nn.ModuleList, path: Path, info: dict[str, Any]) -> None:
     path.with_suffix(".json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
-def load_gates(path: Path, shape: GateShape, base_sha256: str | None = None) -> tuple[nn.ModuleList, GateInfo]:
+def load_gates(
+    path: Path,
+    shape: GateShape,
+    base_sha256: str | None = None,
+    tied_copy: str = "refuse",
+    source: str | None = None,
+) -> tuple[nn.ModuleList, GateInfo]:
     """Reads gates and checks that they fit the base model.
 
     Args:
-        path: a ``.safetensors`` file; the kind follows from its keys.
+        path: a ``.safetensors`` file or a published ``.pth``, or a folder with one; the kind follows from its keys.
         shape: the base model's sizes.
         base_sha256: hash of the base weights; compared with the JSON's ``base_sha256`` if both are there.
+        tied_copy: see :func:`trimkv_edge.models.published.settle_tied`.
+        source: what the user called the gates, for the manifest; by default the path.
 
     Raises:
         ModelError: no such file, another format, or gates of another model.
     """
-    if path.suffix in (".pth", ".pt", ".bin"):
-        raise ModelError(f"{path} is a pickle, which is never loaded here: convert the gates to .safetensors first")
-    if not path.is_file():
-        raise ModelError(f"no gate file at {path}: give --gates a .safetensors file of retention gates")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file ({error})") from error
-    layers = _by_layer(tensors, path)
+    given, path = path, gate_file(path)
+    config = path.with_name("config.json")
+    if path.name in PUBLISHED_FILES and config.is_file():
+        declared = declared_shape(read_config(config), config)
+        if declared != shape:
+            raise ModelError(f"{config} describes gates for {declared}, but the model is {shape}: wrong gates")
+    widest = max(shape.hidden_size, 1024)
+    per_layer = widest * (shape.hidden_size + widest + shape.num_kv_heads + 2) + shape.num_kv_heads
+    layers = read_layers(path, shape.num_layers * per_layer)
     if sorted(layers) != list(range(shape.num_layers)):
         raise ModelError(
             f"{path} has gates for {len(layers)} layers, but the model has {shape.num_layers}: wrong gates"
@@ -95,11 +125,9 @@ def load_gates(path: Path, shape: GateShape, base_sha256: str | None = None) -> 
             raise ModelError(
                 f"{path}, layer {layer}: gate tensors {given} do not fit the model, which needs {expected}"
             )
-        for name in _SHARED if kind == "rg10" else ():
-            if not torch.equal(layers[layer][name], layers[0][name]):
-                raise ModelError(
-                    f"{path}: {name} must be shared by all layers, but layer {layer}'s copy differs from layer 0's"
-                )
+    if kind == "rg10":
+        settle_tied(layers, path, tied_copy)
+    for layer, gate in enumerate(gates):
         gate.load_state_dict({name: tensor.float() for name, tensor in layers[layer].items()})
     recorded = _recorded_base(path)
     if base_sha256 and recorded and recorded != base_sha256:
@@ -107,17 +135,21 @@ def load_gates(path: Path, shape: GateShape, base_sha256: str | None = None) -> 
             f"{path} was trained for base weights {recorded[:12]}..., but these are {base_sha256[:12]}...: "
             "use the gates of this model, or train new ones"
         )
-    return gates, GateInfo(kind, str(path.name), file_sha256(path), int(width))
+    return gates, GateInfo(kind, source or str(given), file_sha256(path), int(width))
 
 
-def _by_layer(tensors: dict[str, Tensor], path: Path) -> dict[int, dict[str, Tensor]]:
-    layers: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.search(key)
-        if not match:
-            raise ModelError(f"{path} holds {key!r}, which is not a retention gate's tensor")
-        layers.setdefault(int(match[1]), {})[match[2]] = tensor
-    return layers
+def gate_file(path: Path) -> Path:
+    """The gate file itself: ``path``, or in a folder ``gates.safetensors`` (ours) or a published file.
+
+    Raises:
+        ModelError: the folder holds none of them.
+    """
+    if not path.is_dir():
+        return path
+    for name in GATE_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ModelError(f"{path} holds no gate file: one of {', '.join(GATE_FILES)} must be there")
 
 
 def _recorded_base(path: Path) -> str | None:

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from trimkv_edge.errors import ConfigError, ModelError
 from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
+from trimkv_edge.models.gate_source import find_gates
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, random_gates
 from trimkv_edge.models.rope import fix_rope
 from trimkv_edge.models.source import ModelSource
-from trimkv_edge.retention import GATE_KINDS
+from trimkv_edge.retention import GATE_KINDS, NoGate
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
 
     Args:
         source: see :func:`trimkv_edge.models.source.find_source`.
-        gates: a ``.safetensors`` file, or a kind (``rg``, ``rg10``) of the model's own gates; None is its first kind.
-            With random weights, kinds without a local file give random gates.
+        gates: a hub id, folder or file (ours or published), a kind (``rg``, ``rg10``) of the model's own gates, or
+            ``none``; None is its first kind. With random weights, kinds without a local file give random gates.
         rope: LongRoPE factor set, see :func:`trimkv_edge.models.rope.fix_rope`.
         seed: of random weights and gates.
 
@@ -47,12 +49,17 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
     rope_info = fix_rope(base, rope)
     shape = GateShape.of(source.config)
     digest = source.weights_sha256()
-    kind, path = choose_gates(source, gates)
-    if path is None:
+    kind, path = _find_gates(source, gates)
+    if kind == "none":
+        heads, layers = source.config.num_key_value_heads, source.config.num_hidden_layers
+        modules, gate_info = nn.ModuleList(NoGate(heads) for _ in range(layers)), GateInfo("none", "", "", 0)
+    elif path is None:
         width = min(source.family.gate_intermediate_size, source.config.hidden_size)
         modules, gate_info = random_gates(kind, shape, width, seed), GateInfo(kind, f"random (seed {seed})", "", width)
     else:
-        modules, gate_info = load_gates(path, shape, None if source.random_weights else digest)
+        own = source.gates.get(kind, "") if gates is None or gates in GATE_KINDS else gates
+        named = path.name if gates is None and Path(own).is_file() else own
+        modules, gate_info = load_gates(path, shape, None if source.random_weights else digest, source=named)
     model = GatedModel(base, modules).eval().requires_grad_(False)
     sizes = source.shape()
     info = ModelInfo(
@@ -74,9 +81,21 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
 
 
 def choose_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | None]:
-    """The gate kind asked for and its file; no file means random gates, which only random weights may have."""
+    """The gate kind asked for and its file; no file means no gates (``none``), or random ones for random weights.
+
+    A file is read and checked here, before any weights are loaded.
+    """
+    kind, path = _find_gates(source, gates)
+    if path is None:
+        return kind, None
+    return load_gates(path, GateShape.of(source.config))[1].kind, path
+
+
+def _find_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | None]:
+    if gates == "none":
+        return "none", None
     if gates is not None and gates not in GATE_KINDS:
-        return "rg", Path(gates)
+        return "rg", find_gates(gates)
     kind = gates or next(iter(source.gates), "rg")
     known = source.gates.get(kind)
     if known is not None and Path(known).is_file():
@@ -85,11 +104,8 @@ def choose_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | No
         return kind, None
     if known is None:
         have = f"it has {', '.join(source.gates)}" if source.gates else "none are published for it"
-        raise ModelError(f"{source.name} has no {kind!r} gates ({have}): give --gates FILE.safetensors")
-    raise ModelError(
-        f"the published gates of {source.name} ({known}) come as a pickle and cannot be read here: "
-        "convert them to safetensors and give --gates FILE.safetensors"
-    )
+        raise ModelError(f"{source.name} has no {kind!r} gates ({have}): give --gates HUB-ID|DIR|FILE")
+    return kind, find_gates(known)
 
 
 def _load_base(source: ModelSource, seed: int) -> PreTrainedModel:

@@ -78,13 +78,13 @@ def test_folder_round_trip_is_exact(tmp_path: Path) -> None:
 
 def test_folder_without_gates_asks_for_them(tmp_path: Path) -> None:
     base_model("llama-gqa").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"no 'rg' gates .*give --gates FILE"):
+    with pytest.raises(ModelError, match=r"no 'rg' gates .*give --gates HUB-ID"):
         load_model(find_source(str(tmp_path)))
 
 
-def test_published_gates_that_are_pickles_are_not_loaded(tmp_path: Path) -> None:
+def test_published_gates_offline_say_what_to_do(tmp_path: Path) -> None:
     base_model("qwen3-gqa").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"ngocbh/TrimKV-Qwen3-4B-Math.* pickle"):
+    with pytest.raises(ModelError, match=r"ngocbh/TrimKV-Qwen3-4B-Math.* give its folder"):
         load_model(find_source("qwen3-4b", weights=tmp_path))
 
 

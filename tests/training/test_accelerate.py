@@ -48,6 +48,23 @@ def test_two_processes_equal_one(folder: Path, name: str, kind: str) -> None:
         torch.testing.assert_close(tensor, gates[key], rtol=1e-4, atol=1e-5)
 
 
+def test_accelerate_launch_equals_one_process(folder: Path) -> None:
+    """The command that users type. On CPUs accelerate starts more than one process only under its ``--multi_gpu``."""
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
+    command = [*launch, "-m", "trimkv_edge.cli.train", *arguments(folder, "launched", "--kind", "rg10", "--rows", "1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRIMKV_DEBUG": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 passes x 2 processes" in done.stdout
+    train(arguments(folder, "alone", "--kind", "rg10", "--rows", "2"))
+    for one, two in zip(history(folder / "alone"), history(folder / "launched"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
 def test_resumed_sharded_run_ends_bit_equal(folder: Path) -> None:
     whole, resumed = (load_file(folder / name / "gates.safetensors") for name in ("fsdp", "fsdp-resumed"))
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())

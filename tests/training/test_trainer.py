@@ -231,7 +231,7 @@ def test_published_defaults_of_the_scope() -> None:
 
 
 def test_a_skipped_stretch_is_charged_as_if_it_were_in_the_row() -> None:
-    # Gates that forget nothing hold all of the stream: place t of the row has t + 1 entries, and after the jump the gap.
+    # Gates that forget nothing hold all of the stream: t + 1 entries at place t of the row, and the gap after the jump.
     gap, resume = 1000, 10
     rows = Rows(LENGTH, "rows")
     index = [place + gap * (place >= resume) for place in range(LENGTH)]

@@ -191,11 +191,19 @@ def describe_plan(plan: ExportPlan) -> list[str]:
         f"cache     {format_bytes(memory.cache)} for ever: {config.budget} kept + {config.buffer} new entries per head "
         f"(a full cache at 32k tokens: {format_bytes(at_32k)})",
         f"policy    {config.policy}{protected}",
+        f"gates     {_describe_gates(*plan.gates)}",
         f"to run    {format_bytes(memory.peak)}: weights {format_bytes(memory.weights)}, cache, "
         f"workspace {format_bytes(memory.workspace)}",
         f"to export about {format_bytes(plan.export_peak)} of memory; targets: "
         + ", ".join(f"{name} ({ops})" for name, ops in plan.ops.items()),
     ]
+
+
+def _describe_gates(kind: str, path: Path | None) -> str:
+    if path is None:
+        return "none" if kind == "none" else f"{kind}, random"
+    # Said aloud, because pickles are otherwise never read.
+    return f"{kind}, {path}{'' if path.suffix == '.safetensors' else ', a pickle, read without running code from it'}"
 
 
 def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[str]:

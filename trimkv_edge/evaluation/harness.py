@@ -1,6 +1,6 @@
 """A bounded cache in lm-evaluation-harness: all of its tasks, on an exported artefact or on a model.
 
-``python -m trimkv_edge.evaluation.harness`` is ``lm_eval`` with one more model, ``trimkv``. (The harness has no entry
+``trimkv-lm-eval`` is ``lm_eval`` with one more model, ``trimkv``. (The harness has no entry
 points for models, so its own command cannot find one that is installed beside it.) From Python, importing
 :mod:`trimkv_edge.evaluation.harness_model` registers the model.
 """
@@ -14,16 +14,16 @@ from itertools import pairwise
 from trimkv_edge.errors import TrimKVError
 
 _HELP = """\
-usage: python -m trimkv_edge.evaluation.harness --model trimkv --model_args ... --tasks ... [options of lm_eval]
+usage: trimkv-lm-eval --model trimkv --model_args ... --tasks ... [options of lm_eval]
 
 lm-evaluation-harness over a cache of fixed size. Everything but the model is lm_eval's own: see `lm_eval run --help`.
 
 examples:
-  python -m trimkv_edge.evaluation.harness --model trimkv --model_args artefact=artefacts/qwen3-4b,engine=onnx \\
+  trimkv-lm-eval --model trimkv --model_args artefact=artefacts/qwen3-4b,engine=onnx \\
       --tasks gsm8k_cot_zeroshot --apply_chat_template --output_path results
-  python -m trimkv_edge.evaluation.harness --model trimkv --model_args model=qwen3-4b,weights=./Qwen3-4B,budget=512 \\
+  trimkv-lm-eval --model trimkv --model_args model=qwen3-4b,weights=./Qwen3-4B,budget=512 \\
       --tasks aime24 --gen_kwargs do_sample=true,temperature=0.6,top_p=0.95
-  python -m trimkv_edge.evaluation.harness --model trimkv --tasks wikitext \\
+  trimkv-lm-eval --model trimkv --tasks wikitext \\
       --model_args model=qwen3-4b,weights=./Qwen3-4B,policy=streaming,budget=512      a baseline
 
 --model_args:

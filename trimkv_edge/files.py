@@ -1,0 +1,30 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its place when the block ends well and vanishes when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if output.exists():
+            os.replace(output, old)
+        os.replace(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not output.exists():
+            os.replace(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
