@@ -102,7 +102,7 @@ def load_gates(
     Raises:
         ModelError: no such file, another format, or gates of another model.
     """
-    given, path = path, gate_file(path)
+    asked, path = path, gate_file(path)
     config = path.with_name("config.json")
     if path.name in PUBLISHED_FILES and config.is_file():
         declared = declared_shape(read_config(config), config)
@@ -135,7 +135,7 @@ def load_gates(
             f"{path} was trained for base weights {recorded[:12]}..., but these are {base_sha256[:12]}...: "
             "use the gates of this model, or train new ones"
         )
-    return gates, GateInfo(kind, source or str(given), file_sha256(path), int(width))
+    return gates, GateInfo(kind, source or str(asked), file_sha256(path), int(width))
 
 
 def gate_file(path: Path) -> Path:
