@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.evaluation.methods import Method, entries, parse_share
 from trimkv_edge.evaluation.plots import plot_all
-from trimkv_edge.evaluation.report import against_all, comparison, tables
+from trimkv_edge.evaluation.report import against_all, comparison, pooled, tables
 from trimkv_edge.evaluation.results import Cell, ResultFile
 from trimkv_edge.evaluation.samples import SampleWriter
 from trimkv_edge.evaluation.sweep import Subject, Sweep, run_sweep
@@ -159,6 +160,19 @@ def test_against_the_best_other_method() -> None:
     )
     with pytest.raises(ConfigError, match="use one of a, b, trimkv:rg, trimkv:rg10"):
         against_all(cells, "full")
+
+
+def test_all_questions_together() -> None:
+    """Streams of both tasks count; a task that only the full cache answered does not."""
+    cells = [cell("full", None, [2.0] * 4), cell("a", 128, [1.0] * 4)]
+    cells += [replace(one, task="qa", streams=[{"": [1.0, 4.0]}] * 2) for one in cells]
+    cells.append(replace(cells[0], task="variables"))
+    found = {one.method: one for one in pooled(cells) if one.task == "all questions"}
+    assert found["full"].interval().mean == pytest.approx((4 * 3 + 2 * 1) / (4 * 4 + 2 * 4))
+    assert found["a"].interval().mean == pytest.approx((4 * 2 + 2 * 1) / (4 * 4 + 2 * 4))
+    assert len(found["a"].streams) == 6
+    assert pooled(cells)[2:] == cells
+    assert pooled(cells[:2]) == cells[:2]
 
 
 def test_plots_are_written_and_repeatable(tmp_path: Path) -> None:

@@ -98,16 +98,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         cells = list(ResultFile(args.output).cells.values())
         if not cells:
             raise ConfigError(f"{args.output} holds no results yet: run a sweep first")
-        if args.compare:
-            from trimkv_edge.evaluation.report import comparison
+        from trimkv_edge.evaluation.report import against_all, comparison, pooled
 
+        measured, cells = cells, pooled(cells)
+        if args.compare:
             print(comparison(cells, *args.compare), end="")
         if args.against_all:
-            from trimkv_edge.evaluation.report import against_all
-
             print(against_all(cells, args.against_all), end="")
         if args.report:
-            _write_report(cells, args)
+            _write_report(measured, args)
         return
     if (args.artefact is None) == (args.model is None):
         raise ConfigError("give one of ARTEFACT and --model: see --help")
@@ -137,17 +136,17 @@ def _run(sweep: Sweep, subject: Subject, writer: SampleWriter, results: ResultFi
 
 
 def _write_report(cells: list[Cell], args: argparse.Namespace) -> None:
-    from trimkv_edge.evaluation.report import tables
+    from trimkv_edge.evaluation.report import pooled, tables
 
     path = args.output / "tables.md"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(tables(cells), encoding="utf-8")
+    temporary.write_text(tables(pooled(cells)), encoding="utf-8")
     os.replace(temporary, path)
     print(f"tables    {path}")
     if not args.no_plots:
         from trimkv_edge.evaluation.plots import plot_all
 
-        files = plot_all(cells, args.output / "plots")
+        files = plot_all(pooled(cells), args.output / "plots")
         print(f"plots     {len(files)} files in {args.output / 'plots'}")
 
 

@@ -47,7 +47,7 @@ def _against_budget(task: str, cells: Sequence[Cell], folder: Path) -> list[Path
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         axis.set_xlabel(f"budget M, entries per KV head (+ {here[0].buffer} new ones)")
         axis.set_title(f"{task}, {length:,} tokens")
-    return _finish(figure, axes, cells[0].unit, folder / f"{task}_budget")
+    return _finish(figure, axes, cells[0].unit, folder / f"{_slug(task)}_budget")
 
 
 def _against_length(task: str, cells: Sequence[Cell], folder: Path) -> list[Path]:
@@ -67,7 +67,11 @@ def _against_length(task: str, cells: Sequence[Cell], folder: Path) -> list[Path
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set_xlabel("stream length, tokens")
         axis.set_title(f"{task}, budget {share}")
-    return _finish(figure, axes, cells[0].unit, folder / f"{task}_length")
+    return _finish(figure, axes, cells[0].unit, folder / f"{_slug(task)}_length")
+
+
+def _slug(task: str) -> str:
+    return task.replace(" ", "-")
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:

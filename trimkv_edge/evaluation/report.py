@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from trimkv_edge.errors import ConfigError
@@ -10,6 +11,7 @@ from trimkv_edge.evaluation.results import Cell
 from trimkv_edge.evaluation.statistics import Interval, paired
 
 T = TypeVar("T")
+ALL_TASKS = "all questions"
 
 
 def tables(cells: Sequence[Cell]) -> str:
@@ -19,6 +21,24 @@ def tables(cells: Sequence[Cell]) -> str:
         chosen = [cell for cell in cells if cell.task == task]
         parts.append(f"### {task}\n\n{_table(chosen)}")
     return "\n".join(parts)
+
+
+def pooled(cells: Sequence[Cell]) -> list[Cell]:
+    """All questions of all tasks together, per length, method and budget; and the cells themselves.
+
+    Only tasks that a bounded cache was measured on count, so that every method answers the same questions.
+    """
+    groups: dict[tuple[int, str, str], list[Cell]] = {}
+    counted = {(cell.task, cell.length) for cell in cells if cell.budget is not None and cell.unit == "accuracy"}
+    for cell in cells:
+        if (cell.task, cell.length) in counted:
+            groups.setdefault((cell.length, cell.method, cell.share), []).append(cell)
+    together = []
+    for parts in groups.values():
+        if len(parts) > 1:
+            streams = [{"": [a, b]} for part in parts for a, b in zip(*part.totals(), strict=True)]
+            together.append(replace(parts[0], task=ALL_TASKS, streams=streams, text_bytes=[]))
+    return [*together, *cells]
 
 
 def comparison(cells: Sequence[Cell], first: str, second: str) -> str:
@@ -105,7 +125,7 @@ def _table(cells: Sequence[Cell]) -> str:
     budgets = _unique(cell.share for cell in cells if cell.budget is not None)
     unit = "accuracy" if cells[0].unit == "accuracy" else "nats per token (lower is better)"
     lines = [
-        f"{unit}, 95 % interval over {len(cells[0].streams)} streams",
+        f"{unit}, 95 % interval over {_stream_counts(cells)} streams",
         "",
         f"| length | method | {' | '.join(budgets) if budgets else 'cache'} |",
         f"|---|---|{'---|' * max(1, len(budgets))}",
@@ -117,6 +137,13 @@ def _table(cells: Sequence[Cell]) -> str:
             for group in row[0].groups:
                 lines.append(_row("", f"- {group}", row, budgets, group))
     return "\n".join(lines) + "\n"
+
+
+def _stream_counts(cells: Sequence[Cell]) -> str:
+    counts = {cell.length: len(cell.streams) for cell in cells}
+    if len(set(counts.values())) == 1:
+        return str(len(cells[0].streams))
+    return ", ".join(f"{count} ({length:,} tokens)" for length, count in counts.items())
 
 
 def _row(length: str, method: str, row: Sequence[Cell], budgets: Sequence[str], group: str | None) -> str:
