@@ -88,6 +88,11 @@ def import_gates(
     declared = declared_shape(fields, config)
     if shape is not None and shape != declared:
         raise ModelError(f"{config} describes gates for {declared}, but the model is {shape}: wrong gates")
+    if fields.get("tie_retention_gate_layers") is False and tied_copy != "refuse":
+        raise ModelError(
+            f"{config} says that layers share nothing (tie_retention_gate_layers is false): one layer's copy cannot "
+            "stand for all; such gates are not supported"
+        )
     _, found = load_gates(source, declared, tied_copy=tied_copy)
     for name, value in (("retention_gate", found.kind), ("retention_gate_intermediate_size", found.intermediate_size)):
         if fields.get(name, value) != value:
@@ -129,8 +134,8 @@ def _memory(fields: dict[str, Any], path: Path) -> int | None:
     value = fields.get("memory_size")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 10**9:
-        raise ModelError(f"{path}: memory_size is {value!r}, but must be a positive number of entries per head")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 10**9:
+        raise ModelError(f"{path}: memory_size is {value!r}, but must be a number of entries per head, at least 1")
     return int(value)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from trimkv_edge.errors import ModelError
 from trimkv_edge.manifest import GateInfo, file_sha256
-from trimkv_edge.models.published import read_config, read_layers, settle_tied
+from trimkv_edge.models.published import PICKLES, read_config, read_layers, settle_tied
 from trimkv_edge.retention import build_gates
 
 PUBLISHED_FILES = ("trimkv_weights.pth", "trimkv_weights.safetensors")
@@ -71,7 +71,7 @@ def save_gates(gates: nn.ModuleList, path: Path, info: dict[str, Any]) -> None:
     """Writes ``path`` (safetensors, published key names; shared tensors once per layer) and its ``.json``.
 
     ``info``: ``kind``, ``num_layers``, ``num_kv_heads``, ``hidden_size``, ``intermediate_size``, ``hidden_act``,
-    ``base_model``, ``base_sha256`` (the only field that loading reads: gates of other weights are refused), ``memory``
+    ``base_model``, ``base_sha256`` (gates of other weights are refused, and of another activation), ``memory``
     (trained M per head); of trained gates ``steps``, ``training``, ``metrics``; of imported ones ``source``.
     """
     tensors = {
@@ -104,10 +104,10 @@ def load_gates(
     """
     asked, path = path, gate_file(path)
     config = path.with_name("config.json")
-    if path.name in PUBLISHED_FILES and config.is_file():
-        declared = declared_shape(read_config(config), config)
-        if declared != shape:
-            raise ModelError(f"{config} describes gates for {declared}, but the model is {shape}: wrong gates")
+    published = (path.suffix in PICKLES or path.name in PUBLISHED_FILES) and config.is_file()
+    fields = read_config(config) if published else {}
+    if published and (declared := declared_shape(fields, config)) != shape:
+        raise ModelError(f"{config} describes gates for {declared}, but the model is {shape}: wrong gates")
     widest = max(shape.hidden_size, 1024)
     per_layer = widest * (shape.hidden_size + widest + shape.num_kv_heads + 2) + shape.num_kv_heads
     layers = read_layers(path, shape.num_layers * per_layer)
@@ -125,11 +125,19 @@ def load_gates(
             raise ModelError(
                 f"{path}, layer {layer}: gate tensors {given} do not fit the model, which needs {expected}"
             )
+    for name, value in (("retention_gate", kind), ("retention_gate_intermediate_size", width)):
+        if fields.get(name, value) != value:
+            raise ModelError(f"{config} says {name} = {fields[name]!r}, but {path} holds {value!r}")
     if kind == "rg10":
         settle_tied(layers, path, tied_copy)
     for layer, gate in enumerate(gates):
         gate.load_state_dict({name: tensor.float() for name, tensor in layers[layer].items()})
-    recorded = _recorded_base(path)
+    info = _recorded(path)
+    recorded, act = info.get("base_sha256"), info.get("hidden_act", shape.act)
+    if act != shape.act:
+        raise ModelError(
+            f"{path} was trained with the activation {act!r}, but the model has {shape.act!r}: wrong gates"
+        )
     if base_sha256 and recorded and recorded != base_sha256:
         raise ModelError(
             f"{path} was trained for base weights {recorded[:12]}..., but these are {base_sha256[:12]}...: "
@@ -152,11 +160,7 @@ def gate_file(path: Path) -> Path:
     raise ModelError(f"{path} holds no gate file: one of {', '.join(GATE_FILES)} must be there")
 
 
-def _recorded_base(path: Path) -> str | None:
+def _recorded(path: Path) -> dict[str, Any]:
+    """The JSON beside a gate file; empty if there is none."""
     info = path.with_suffix(".json")
-    if not info.is_file():
-        return None
-    try:
-        return json.loads(info.read_text(encoding="utf-8")).get("base_sha256")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{info} is not a JSON object ({error})") from error
+    return read_config(info) if info.is_file() else {}

@@ -170,6 +170,7 @@ def test_dtypes_are_kept_and_read_as_float32(dtype: torch.dtype, sizes: tuple[in
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"hidden_act": None}, "hidden_act is None"),
         ({"num_key_value_heads": True}, "num_key_value_heads is True"),
+        ({"memory_size": 0.5}, "memory_size is 0.5"),
         ({"memory_size": "lots"}, "memory_size is 'lots'"),
         ({"retention_gate": "rg10"}, "retention_gate = 'rg10'"),
         ({"retention_gate_intermediate_size": 9}, "holds 8"),
@@ -195,3 +196,35 @@ def test_two_halves_of_two_files(tmp_path: Path) -> None:
         (tmp_path / "bad.pth").write_bytes(first[:at] + second[at:])
         with pytest.raises(ModelError):
             load_gates(tmp_path / "bad.pth", SHAPE)
+
+
+def test_another_activation_is_refused_in_every_form(tmp_path: Path) -> None:
+    folder = write_published(tmp_path / "in", raw_gates("rg", *SIZES), "rg", *SIZES, nest=False)
+    import_gates(str(folder), tmp_path / "out")
+    (folder / "trimkv_weights.pth").rename(folder / "mine.pth")
+    for path in (folder / "mine.pth", tmp_path / "out"):
+        with pytest.raises(ModelError, match="gelu"):
+            load_gates(path, GateShape(3, 16, 2, "gelu"))
+
+
+def test_a_config_that_names_another_kind_is_refused_without_import(tmp_path: Path) -> None:
+    folder = write_published(tmp_path / "in", raw_gates("rg", *SIZES), "rg10", *SIZES, nest=False)
+    with pytest.raises(ModelError, match="retention_gate = 'rg10'"):
+        load_gates(folder, SHAPE)
+
+
+def test_gates_that_are_not_tied_have_no_copy_to_choose(tmp_path: Path) -> None:
+    raw = raw_gates("rg10", *SIZES)
+    raw["model.layers.2.self_attn.retention_gate.bias"] += 1
+    folder = write_published(tmp_path / "in", raw, "rg10", *SIZES, nest=False)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "tie_retention_gate_layers": False}))
+    with pytest.raises(ModelError, match="tie_retention_gate_layers is false"):
+        import_gates(str(folder), tmp_path / "out", tied_copy="last")
+
+
+def test_a_whole_layer_is_missing(tmp_path: Path) -> None:
+    raw = {key: tensor for key, tensor in raw_gates("rg", *SIZES).items() if ".layers.1." not in key}
+    torch.save(raw, tmp_path / "x.pth")
+    with pytest.raises(ModelError, match="gates for 2 layers, but the model has 3"):
+        load_gates(tmp_path / "x.pth", SHAPE)
