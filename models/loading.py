@@ -45,7 +45,7 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
     Raises:
         ModelError: weights or gates are missing, damaged or do not fit.
     """
-    base = _load_base(source, seed)
+    base = load_base(source, seed)
     rope_info = fix_rope(base, rope)
     shape = GateShape.of(source.config)
     digest = source.weights_sha256()
@@ -108,7 +108,13 @@ def _find_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | Non
     return kind, find_gates(known)
 
 
-def _load_base(source: ModelSource, seed: int) -> PreTrainedModel:
+def load_base(source: ModelSource, seed: int) -> PreTrainedModel:
+    """The plain model of ``source`` in float32, or seeded random weights of its shape.
+
+    Raises:
+        ModelError: weights are missing or damaged.
+        ConfigError: a negative seed.
+    """
     if seed < 0:
         raise ConfigError(f"seed is {seed}, but must be >= 0")
     if source.random_weights:

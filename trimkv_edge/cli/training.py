@@ -21,7 +21,7 @@ from trimkv_edge.errors import ConfigError, ModelError
 from trimkv_edge.models.gate_source import find_gates
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, save_gates
-from trimkv_edge.models.loading import _load_base
+from trimkv_edge.models.loading import load_base
 from trimkv_edge.models.rope import fix_rope
 from trimkv_edge.models.source import ModelSource, find_source
 from trimkv_edge.retention import build_gates
@@ -139,7 +139,7 @@ def run(job: Job) -> Any:
     started = time.perf_counter()
     config, state = job.config, PartialState()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    base = _load_base(job.source, config.seed)
+    base = load_base(job.source, config.seed)
     fix_rope(base, job.args.rope)
     module = GateModule(GatedModel(base, job.gates).base, job.gates, config)
     if job.first:
