@@ -100,6 +100,14 @@ def test_other_gates_or_samples_are_other_cells(tmp_path: Path) -> None:
         assert len(log) == count
 
 
+def test_reports_show_the_newest_gates(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path)
+    old, new = cell("trimkv:rg", 128, [1.0, 1.0]), cell("trimkv:rg", 128, [2.0, 2.0])
+    for one in (replace(old, gates="aaa"), cell("full", None, [2.0, 2.0]), replace(new, gates="bbb")):
+        results.add(one)
+    assert [(one.method, one.gates) for one in ResultFile(tmp_path).newest()] == [("full", ""), ("trimkv:rg", "bbb")]
+
+
 def test_a_damaged_line_in_the_middle(tmp_path: Path) -> None:
     run_sweep(SWEEP, subject([]), writer(), ResultFile(tmp_path), lambda line: None)
     path = tmp_path / "cells.jsonl"

@@ -95,7 +95,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.report or args.compare or args.against_all:
         if not args.output.is_dir():
             raise ConfigError(f"{args.output} does not exist: run a sweep first, or give its folder with -o")
-        cells = list(ResultFile(args.output).cells.values())
+        cells = ResultFile(args.output).newest()
         if not cells:
             raise ConfigError(f"{args.output} holds no results yet: run a sweep first")
         from trimkv_edge.evaluation.report import against_all, comparison, pooled

@@ -105,6 +105,15 @@ class ResultFile:
             file.flush()
             os.fsync(file.fileno())
 
+    def newest(self) -> list[Cell]:
+        """What reports are made of: where gates or weights changed since, only the last measurement of a cell."""
+        last: dict[tuple[Any, ...], Cell] = {}
+        for cell in self.cells.values():
+            name = (cell.task, cell.length, cell.method, cell.engine, cell.budget, cell.buffer, cell.seed)
+            last.pop(name, None)
+            last[name] = cell
+        return list(last.values())
+
     def _rewrite(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(_line(cell) for cell in self.cells.values()), encoding="utf-8")
