@@ -17,10 +17,9 @@ from trimkv_edge.export.verify import check, compare, load_tolerance, stream_pla
 from trimkv_edge.files import new_folder
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
 from trimkv_edge.models.eager import EagerEngine
-from trimkv_edge.models.loading import LoadedModel, choose_gates, load_model
+from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, load_model
 from trimkv_edge.models.source import ModelSource, find_source
 from trimkv_edge.policies import POLICIES
-from trimkv_edge.policies.base import LOG_BETA, Policy
 from trimkv_edge.runtime.engines import engine_class
 
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
@@ -88,7 +87,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         raise ConfigError(f"policy {request.policy!r} runs in the eager engine only (see --help): export one of {able}")
     ops = check_ops(request.targets, request.ops)
     source = find_source(request.model, request.weights, request.random_weights)
-    request = replace(request, gates=_gates_for(policy, source, request.gates))
+    request = replace(request, gates=gates_for(policy, source, request.gates))
     kind, gate_path = choose_gates(source, request.gates)
     config = source.config
     width = min(source.family.gate_intermediate_size, config.hidden_size)
@@ -106,17 +105,6 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
     return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path))
-
-
-def _gates_for(policy: Policy, source: ModelSource, gates: str | None) -> str | None:
-    """Policies that read no log-betas do without gates where a model has none of its own."""
-    if LOG_BETA in policy.reads:
-        if gates == "none":
-            raise ConfigError(
-                f"policy {policy.name} ranks by retention gates: leave out --gates none, or change --policy"
-            )
-        return gates
-    return gates or (None if source.gates else "none")
 
 
 def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trimkv_edge.errors import ConfigError, ModelError
 from trimkv_edge.files import new_folder
 from trimkv_edge.manifest import file_sha256
-from trimkv_edge.models.gates import GATE_FILES, GateShape, declared_shape, gate_file, load_gates
+from trimkv_edge.models.gates import GATE_FILES, GateShape, check_declared, declared_shape, gate_file, load_gates
 from trimkv_edge.models.published import TIED_COPIES, read_config, read_layers, settle_tied
 
 _WANTED = ["config.json", "gates.json", *GATE_FILES]
@@ -94,9 +94,7 @@ def import_gates(
             "stand for all; such gates are not supported"
         )
     _, found = load_gates(source, declared, tied_copy=tied_copy)
-    for name, value in (("retention_gate", found.kind), ("retention_gate_intermediate_size", found.intermediate_size)):
-        if fields.get(name, value) != value:
-            raise ModelError(f"{config} says {name} = {fields[name]!r}, but {source} holds {value!r}")
+    check_declared(fields, config, found.kind, found.intermediate_size, source)
     layers = read_layers(source)
     if found.kind == "rg10":
         settle_tied(layers, source, tied_copy)

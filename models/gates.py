@@ -53,6 +53,13 @@ def declared_shape(fields: dict[str, Any], path: Path) -> GateShape:
     )
 
 
+def check_declared(fields: dict[str, Any], config: Path, kind: str, width: int, path: Path) -> None:
+    """Raises :class:`ModelError` if a gate repository's configuration names another kind or width than its file."""
+    for name, value in (("retention_gate", kind), ("retention_gate_intermediate_size", width)):
+        if fields.get(name, value) != value:
+            raise ModelError(f"{config} says {name} = {fields[name]!r}, but {path} holds {value!r}")
+
+
 def random_gates(kind: str, shape: GateShape, intermediate_size: int, seed: int) -> nn.ModuleList:
     """Untrained gates for shape work; their log-betas are spread over heads and tokens so that evictions differ."""
     with torch.random.fork_rng():
@@ -125,9 +132,7 @@ def load_gates(
             raise ModelError(
                 f"{path}, layer {layer}: gate tensors {given} do not fit the model, which needs {expected}"
             )
-    for name, value in (("retention_gate", kind), ("retention_gate_intermediate_size", width)):
-        if fields.get(name, value) != value:
-            raise ModelError(f"{config} says {name} = {fields[name]!r}, but {path} holds {value!r}")
+    check_declared(fields, config, kind, width, path)
     if kind == "rg10":
         settle_tied(layers, path, tied_copy)
     for layer, gate in enumerate(gates):

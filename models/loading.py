@@ -19,6 +19,7 @@ from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, random_gates
 from trimkv_edge.models.rope import fix_rope
 from trimkv_edge.models.source import ModelSource
+from trimkv_edge.policies.base import LOG_BETA, Policy
 from trimkv_edge.retention import GATE_KINDS, NoGate
 
 
@@ -78,6 +79,17 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
         max_position_embeddings=source.config.max_position_embeddings,
     )
     return LoadedModel(model, info, gate_info, rope_info)
+
+
+def gates_for(policy: Policy, source: ModelSource, gates: str | None) -> str | None:
+    """Policies that read no log-betas do without gates where a model has none of its own."""
+    if LOG_BETA in policy.reads:
+        if gates == "none":
+            raise ConfigError(
+                f"policy {policy.name} ranks by retention gates: leave out --gates none, or change --policy"
+            )
+        return gates
+    return gates or (None if source.gates else "none")
 
 
 def choose_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | None]:

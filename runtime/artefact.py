@@ -46,6 +46,16 @@ class Artefact:
         _check_targets(root, manifest)
         return cls(root, manifest, _load_tokenizer(root, manifest), _load_template(root))
 
+    def special_tokens(self) -> dict[str, str]:
+        """What chat templates name ``bos_token`` and ``eos_token``; empty where the tokenizer has none."""
+        info = self.manifest.tokenizer
+        ids = (None, None) if info is None else (info.bos_token_id, next(iter(info.eos_token_ids), None))
+        names = ("bos_token", "eos_token")
+        return {
+            name: "" if token is None or self.tokenizer is None else self.tokenizer.token(token)
+            for name, token in zip(names, ids, strict=True)
+        }
+
     def check_fits(self) -> None:
         """Raises :class:`~trimkv_edge.errors.BudgetError` if the artefact needs more memory than is available."""
         check_fits(self.manifest.bytes.peak, f"running {self.folder}")

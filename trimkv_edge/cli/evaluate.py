@@ -209,19 +209,16 @@ def _artefact(args: argparse.Namespace) -> tuple[Subject, SampleWriter]:
     from trimkv_edge.runtime.engines import load_engine
 
     artefact = Artefact.load(args.artefact)
-    info, tokenizer = artefact.manifest.tokenizer, artefact.tokenizer
-    if tokenizer is None or info is None:
+    if artefact.tokenizer is None:
         raise ArtefactError(f"{artefact.folder} has no tokenizer (random weights have none): nothing can be asked")
     engine = load_engine(artefact, args.engine, args.threads)
-    special = {"bos_token": tokenizer.token(info.bos_token_id) if info.bos_token_id is not None else ""}
-    special["eos_token"] = tokenizer.token(info.eos_token_ids[0]) if info.eos_token_ids else ""
     subject = Subject(
         model=f"{artefact.manifest.model.name} {file_sha256(artefact.folder / MANIFEST_FILE)[:12]}",
         engine=engine.name,
         gates_of=lambda method: artefact.manifest.gates.sha256[:12],
         open=lambda method, config: EngineReader(engine),
     )
-    return subject, SampleWriter(artefact.folder, WORDS, _filler(args), special)
+    return subject, SampleWriter(artefact.folder, WORDS, _filler(args), artefact.special_tokens())
 
 
 def _model(args: argparse.Namespace) -> tuple[Subject, SampleWriter]:

@@ -148,6 +148,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:
+    from trimkv_edge.eviction import find_policy
     from trimkv_edge.export.pipeline import ExportRequest
 
     name = Path(args.model).name or "model"
@@ -159,7 +160,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         buffer=args.buffer,
         prefill_chunk=chunk,
         policy=args.policy,
-        sinks=_sinks(args.policy) if args.sinks is None else args.sinks,
+        sinks=find_policy(args.policy).sinks if args.sinks is None else args.sinks,
         recent=args.recent,
         targets=tuple(dict.fromkeys(args.target)),
         ops=tuple(op for op in (args.executorch_ops, args.onnx_ops) if op is not None),
@@ -171,12 +172,6 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         seed=args.seed,
         force=args.force,
     )
-
-
-def _sinks(policy: str) -> int:
-    from trimkv_edge.policies.streaming import SINKS
-
-    return SINKS if policy == "streaming" else 0
 
 
 def describe_plan(plan: ExportPlan) -> list[str]:

@@ -159,9 +159,7 @@ def encode_prompt(artefact: Artefact, prompt: str, chat: bool) -> list[int]:
             raise ArtefactError(f"{artefact.folder} has no chat_template.jinja: leave out --chat")
         from trimkv_edge.runtime.chat import render_chat
 
-        special = {"bos_token": tokenizer.token(info.bos_token_id) if info.bos_token_id is not None else ""}
-        special["eos_token"] = tokenizer.token(info.eos_token_ids[0]) if info.eos_token_ids else ""
-        prompt = render_chat(artefact.chat_template, [{"role": "user", "content": prompt}], special)
+        prompt = render_chat(artefact.chat_template, [{"role": "user", "content": prompt}], artefact.special_tokens())
     # A template writes its special tokens itself.
     tokens = tokenizer.encode(prompt, add_special_tokens=not chat)
     if not tokens:

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from trimkv_edge.engine import FloatArray
 from trimkv_edge.errors import ConfigError, ModelError
+from trimkv_edge.evaluation.reader import score_token
 from trimkv_edge.evaluation.text_model import open_artefact, open_model
 from trimkv_edge.policies import POLICIES
 from trimkv_edge.policies.base import MASS, WINDOW
@@ -182,13 +181,13 @@ class TrimKVLM(TemplateLM):  # type: ignore[misc]
         saved = session.engine.state() if several else None
         results = []
         for tokens in continuations:
-            total, greedy = _score_token(after, tokens[0])
+            total, greedy = score_token(after, tokens[0])
             if len(tokens) > 1 and saved is not None:
                 session.engine.load_state(saved)
             for read, token in pairwise(tokens):
                 session.feed([read])
                 assert session.logits is not None
-                one, best = _score_token(session.logits, token)
+                one, best = score_token(session.logits, token)
                 total, greedy = total + one, greedy and best
                 progress(1)
             results.append((total, greedy))
@@ -275,10 +274,3 @@ def _check_whole(name: str, value: object) -> None:
 
 def _context(request: tuple[tuple[str, str], Tokens, Tokens]) -> Tokens:
     return request[1]
-
-
-def _score_token(logits: FloatArray, token: int) -> Scored:
-    """Log-probability of ``token`` in nats, and whether it is the most likely one."""
-    wide = logits.astype(np.float64)
-    top = wide.max()
-    return float(wide[token] - top - np.log(np.exp(wide - top).sum())), bool(wide.argmax() == token)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.policies import POLICIES
-from trimkv_edge.policies.streaming import SINKS
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Method:
         if self.policy == "full":
             return CacheConfig(length, buffer, min(buffer, length), policy="full")
         chunk = min(buffer, budget, 128)
-        sinks = min(SINKS, budget) if self.policy == "streaming" else 0
+        sinks = min(POLICIES[self.policy].sinks, budget)
         ahead = lookahead if self.policy == "trimkv" else 1
         return CacheConfig(budget, buffer, chunk, policy=self.policy, sinks=sinks, lookahead=ahead)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.engine import Engine
+from trimkv_edge.engine import Engine, FloatArray
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.evaluation.samples import Sample
 from trimkv_edge.models.attention import BACKEND_KEYWORD
@@ -110,6 +110,13 @@ class EagerReader:
         return right, nats
 
 
+def score_token(logits: FloatArray, token: int) -> tuple[float, bool]:
+    """Log-probability of ``token`` in nats, and whether it is the most likely one."""
+    wide = logits.astype(np.float64)
+    top = wide.max()
+    return float(wide[token] - top - np.log(np.exp(wide - top).sum())), bool(wide.argmax() == token)
+
+
 class EngineReader:
     """One stream after another through any :class:`~trimkv_edge.engine.Engine`, an exported artefact's too."""
 
@@ -132,15 +139,14 @@ class EngineReader:
                 start = stop
                 if stop < len(sample.ids):
                     token = sample.ids[stop]
-                    right[stop] = logits.argmax() == token
-                    top = logits.max()
-                    nats[stop] = top + np.log(np.exp(logits - top).sum()) - logits[token]
+                    log_probability, right[stop] = score_token(logits, token)
+                    nats[stop] = -log_probability
             found.append(_fold(sample, right, nats))
             if progress:
                 progress(len(sample.ids))
         return found
 
-    def _feed(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+    def _feed(self, ids: Sequence[int]) -> FloatArray:
         engine, done = self.engine, 0
         logits = np.zeros(0, np.float32)
         while done < len(ids):
@@ -149,4 +155,4 @@ class EngineReader:
             count = min(engine.room, engine.config.prefill_chunk, len(ids) - done)
             logits = engine.prefill(ids[done : done + count])
             done += count
-        return logits.astype(np.float64)
+        return logits

@@ -12,8 +12,6 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, ModelError
 from trimkv_edge.eviction import find_policy
 from trimkv_edge.manifest import GateInfo, ModelInfo
-from trimkv_edge.policies.base import LOG_BETA
-from trimkv_edge.policies.streaming import SINKS
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.session import Session
 from trimkv_edge.runtime.tokenizer import TOKENIZER_FILE, TextTokenizer
@@ -116,30 +114,28 @@ def open_model(
     import torch
 
     from trimkv_edge.models.eager import EagerEngine
-    from trimkv_edge.models.loading import load_model
+    from trimkv_edge.models.loading import gates_for, load_model
     from trimkv_edge.models.source import find_source
 
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads is {threads}, but must be at least 1")
         torch.set_num_threads(threads)
-    ranks_by_gates = LOG_BETA in find_policy(policy).reads
+    rule = find_policy(policy)
     source = find_source(name, Path(str(weights)) if weights else None)
     if source.folder is None or not (source.folder / TOKENIZER_FILE).is_file():
         raise ModelError(f"{source.folder or name} holds no {TOKENIZER_FILE}: give weights=DIR, a folder that has one")
-    if gates in (None, "none") and ranks_by_gates:
-        raise ConfigError(f"policy {policy} ranks by retention gates: leave out gates=none, or change the policy")
-    own = None if source.gates or ranks_by_gates else "none"
+    chosen = gates_for(rule, source, None if gates == "auto" else gates or "none")
     config = CacheConfig(
         budget=parse_budget(str(budget), source.shape(), buffer, "float32"),
         buffer=buffer,
         prefill_chunk=min(128, buffer) if prefill_chunk is None else prefill_chunk,
         policy=policy,
-        sinks=sinks if sinks is not None else SINKS if policy == "streaming" else 0,
+        sinks=rule.sinks if sinks is None else sinks,
         recent=recent,
         lookahead=lookahead,
     )
-    loaded = load_model(source, own if gates == "auto" else gates or "none", rope)
+    loaded = load_model(source, chosen, rope)
     engine = EagerEngine(loaded.model, config, loaded.rope.position_limit)
     text = TextTokenizer(source.folder / TOKENIZER_FILE)
     bos = getattr(source.config, "bos_token_id", None)

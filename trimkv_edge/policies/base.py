@@ -56,6 +56,7 @@ class Policy:
         select: ``(scores, positions, budget) -> bool [rows, slots]``.
         evicts: False for the full cache.
         scale: size that the rounding error of a score is relative to; None is the score itself, 0 is no error at all.
+        sinks: first tokens that never leave where the user does not say.
         source: where the policy comes from.
     """
 
@@ -67,6 +68,7 @@ class Policy:
     select: Callable[[Tensor, Tensor, int], Tensor] = keep_per_head
     evicts: bool = True
     scale: float | None = None
+    sinks: int = 0
     source: str = ""
 
     def observes(self, config: CacheConfig) -> int:

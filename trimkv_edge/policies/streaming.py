@@ -8,11 +8,11 @@ from torch import Tensor
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.policies.base import Entries, Policy
 
-SINKS = 4  # as published
+_SINKS = 4  # as published
 
 
 def _score(entries: Entries, config: CacheConfig) -> Tensor:
     return entries.positions.to(torch.float32)  # exact below 2^24, where streams end
 
 
-POLICY = Policy("streaming", _score, scale=0.0, source="StreamingLLM, arXiv 2309.17453")
+POLICY = Policy("streaming", _score, sinks=_SINKS, scale=0.0, source="StreamingLLM, arXiv 2309.17453")

@@ -8,9 +8,8 @@ from typing import Any
 
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.retention import GATE_KINDS
+from trimkv_edge.training.losses import FORMS, SCOPES
 
-SCOPES = ("head", "global")
-CAPACITY_FORMS = ("paper", "code")
 DTYPES = ("float32", "bfloat16")
 DEFAULT_SCOPE = {"rg": "head", "rg10": "global"}
 
@@ -80,7 +79,7 @@ class TrainConfig:
             object.__setattr__(self, "scope", DEFAULT_SCOPE.get(self.kind, "head"))
         _one_of("kind", self.kind, GATE_KINDS)
         _one_of("scope", self.scope, SCOPES)
-        _one_of("capacity form", self.capacity_form, CAPACITY_FORMS)
+        _one_of("capacity form", self.capacity_form, FORMS)
         _one_of("dtype", self.dtype, DTYPES)
         for name in (
             "rows",
