@@ -26,7 +26,7 @@ from oracle_model import OracleModel
 
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
 from trimkv_edge.export.verify import compare_survivors, load_tolerance
-from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.eager import TorchEngine, eager_engine
 from trimkv_edge.models.loading import load_model
 
 CASES = {
@@ -40,7 +40,7 @@ CASES = {
 OPS = {"fast": ("xnnpack", "gqa"), "portable": ("portable", "standard")}
 
 
-def sample(folder: Path, engine: EagerEngine, count: int) -> list[int]:
+def sample(folder: Path, engine: TorchEngine, count: int) -> list[int]:
     """Real text for a model with a tokenizer, seeded tokens for one without."""
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
@@ -63,7 +63,7 @@ def run_case(name: str, settings: dict[str, Any], ops: str, tokens: int) -> dict
         plan = plan_export(ExportRequest(output=work / "artefact", **request))
         run_export(plan, lambda line: None)
         loaded = load_model(plan.source, settings["gates"])
-        eager = EagerEngine(loaded.model, plan.config)
+        eager = eager_engine(loaded.model, plan.config)
         oracle = OracleModel(loaded.model, plan.config)
         engines = {engine: open_engine(work / "artefact", engine, 1) for engine in ("executorch", "onnx")}
         text = sample(work / "artefact", eager, tokens // 2)
@@ -71,7 +71,7 @@ def run_case(name: str, settings: dict[str, Any], ops: str, tokens: int) -> dict
 
 
 def compare_all(
-    eager: EagerEngine, oracle: OracleModel, engines: dict[str, Any], text: list[int], tokens: int
+    eager: TorchEngine, oracle: OracleModel, engines: dict[str, Any], text: list[int], tokens: int
 ) -> dict[str, Any]:
     """Counts differences to the eager engine."""
     empty = {"survivors": 0, "undecidable": 0, "greedy": 0, "max_logit_diff": 0.0}

@@ -16,7 +16,7 @@ from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
 from trimkv_edge.files import new_folder
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
-from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, load_model
 from trimkv_edge.models.source import ModelSource, find_source
 from trimkv_edge.policies import POLICIES
@@ -163,7 +163,7 @@ def verify_targets(
     targets = {}
     for name, target in manifest.targets.items():
         report(f"verifying {name}: {sum(plan)} tokens, every survivor and greedy token against the eager model")
-        reference = EagerEngine(loaded.model, config, manifest.rope.position_limit)
+        reference = eager_engine(loaded.model, config, manifest.rope.position_limit)
         artefact = engine_class(name)(folder, manifest, target)
         done = 0
 

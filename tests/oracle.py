@@ -53,12 +53,15 @@ class OracleCache:
         lookahead: int = 1,
         policy: str = "trimkv",
         min_per_head: int = 0,
+        threshold: float = 0.0,
+        caps: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if policy not in ("trimkv", "global"):
+        if policy not in ("trimkv", "global", "layer"):
             raise ValueError(policy)
         self.budget, self.buffer = budget, buffer
         self.sinks, self.recent, self.lookahead = sinks, recent, lookahead
         self.policy, self.min_per_head = policy, min_per_head
+        self.threshold, self.caps = threshold, caps
         self.heads: dict[tuple[int, int], list[Entry]] = {
             (layer, head): [] for layer in range(num_layers) for head in range(num_kv_heads)
         }
@@ -82,26 +85,50 @@ class OracleCache:
             for where in full:
                 self._keep_best([where], self.budget, 0, seen)
             ran = bool(full)
+        elif self.caps is not None or self.threshold:
+            ran = seen > 0 and (seen - self.budget) % self.buffer == 0
+            if ran:
+                self._drop_early(seen)
+                self._share(seen)
         else:
             held = sum(len(entries) for entries in self.heads.values())
             ran = held >= (self.budget + self.buffer) * len(self.heads)
             if ran:
-                self._keep_best(list(self.heads), self.budget * len(self.heads), self.min_per_head, seen)
+                self._share(seen)
         self.events += ran
         return ran
 
+    def _drop_early(self, seen: int) -> None:
+        """What leaves a head whatever the others hold: what is above its cap, then what is below the threshold."""
+        for (layer, head), held in self.heads.items():
+            ranking = sorted(self._rank(entry, seen) for entry in held)
+            if self.caps is not None:
+                ranking = ranking[max(0, len(ranking) - self.caps[layer][head]) :]
+            if self.threshold:
+                low = np.float32(math.log(self.threshold))
+                safe = ranking[max(0, len(ranking) - self.min_per_head) :]
+                ranking = [item for item in ranking if item[0] or item[1] >= low or item in safe]
+            stay = {position for _, _, position in ranking}
+            self.heads[layer, head] = [entry for entry in held if entry.position in stay]
+
+    def _share(self, seen: int) -> None:
+        """The shared budget: of all layers and heads, or of each layer's heads."""
+        layers = sorted({layer for layer, _ in self.heads})
+        groups = [[where for where in self.heads if where[0] == layer] for layer in layers]
+        for group in groups if self.policy == "layer" else [list(self.heads)]:
+            self._keep_best(group, self.budget * len(group), self.min_per_head, seen)
+
+    def _rank(self, entry: Entry, seen: int) -> tuple[bool, float, int]:
+        """Lowest leaves first: not protected, low score, old."""
+        protected = entry.position < self.sinks or entry.position >= seen - self.recent
+        return protected, oracle_score(entry.log_beta, entry.position, seen, self.lookahead), entry.position
+
     def _keep_best(self, group: list[tuple[int, int]], keep: int, floor: int, seen: int) -> None:
         """Remove the lowest-scoring entries of ``group``, one at a time, until ``keep`` are left."""
-        ranking = []
-        for where in group:
-            for entry in self.heads[where]:
-                protected = entry.position < self.sinks or entry.position >= seen - self.recent
-                score = oracle_score(entry.log_beta, entry.position, seen, self.lookahead)
-                ranking.append((protected, score, entry.position, where))
-        ranking.sort()
+        ranking = sorted((*self._rank(entry, seen), where) for where in group for entry in self.heads[where])
         held = len(ranking)
         for _, _, position, where in ranking:
-            if held == keep:
+            if held <= keep:
                 return
             if len(self.heads[where]) > floor:
                 self.heads[where] = [entry for entry in self.heads[where] if entry.position != position]

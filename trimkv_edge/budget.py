@@ -54,8 +54,18 @@ def entry_bytes(shape: ModelShape, dtype: str) -> int:
 
 
 def cache_bytes(shape: ModelShape, config: CacheConfig, dtype: str) -> int:
-    """Exact bytes of the cache tensors: M + B slots, and int64 positions of the M kept ones."""
-    return config.slots * entry_bytes(shape, dtype) + config.budget * shape.rows * _POSITION_BYTES
+    """Exact bytes of the cache tensors.
+
+    Each head has M + B slots, and int64 positions of the M kept ones. With caps, a head has its cap + B slots for keys
+    and values, the tables of log-betas and positions are as wide as the largest cap needs, and the number that each
+    head keeps is stored.
+    """
+    if config.caps is None:
+        return config.slots * entry_bytes(shape, dtype) + config.budget * shape.rows * _POSITION_BYTES
+    every = [cap for heads in config.caps for cap in heads]
+    slots = sum(every) + len(every) * config.buffer
+    tables = (max(every) + config.buffer) * _METADATA_BYTES + max(every) * _POSITION_BYTES + _POSITION_BYTES
+    return slots * 2 * shape.head_dim * _itemsize(dtype) + len(every) * tables
 
 
 def full_cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> int:

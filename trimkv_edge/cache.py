@@ -8,8 +8,21 @@ from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import StateError
-from trimkv_edge.eviction import plan_moves, policy_of, select_survivors
+from trimkv_edge.eviction import find_policy, plan_moves, policy_of, select_survivors
 from trimkv_edge.policies.base import KEY, MASS, WINDOW, Entries
+from trimkv_edge.pool import PooledCache
+
+
+def new_cache(
+    config: CacheConfig, num_layers: int, num_kv_heads: int, head_dim: int, batch: int = 1
+) -> StaticCache | PooledCache:
+    """An empty float32 cache of the kind that the policy needs.
+
+    Raises:
+        ConfigError: settings that the policy cannot honour.
+    """
+    kind = PooledCache if find_policy(config.policy).pooled else StaticCache
+    return kind(config, num_layers, num_kv_heads, head_dim, batch)
 
 
 class StaticCache:
@@ -48,6 +61,11 @@ class StaticCache:
         self._scale = 1.0
         self.seen = 0
         self.live = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit before the next event."""
+        return self.config.slots - self.live
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Writes a chunk's keys and values at the live length and attends over the live prefix, causal in the chunk.

@@ -22,6 +22,11 @@ class CacheConfig:
         sinks: first positions of the stream that never leave (0, as published).
         recent: newest positions that never leave (0, as published).
         lookahead: steps of the look-ahead score; 1 is the single-step score.
+        min_per_head: entries that no head goes below while others have more; for budgets that heads share.
+        threshold: retention below which an entry leaves even if there is room, 0 for none; for budgets that heads
+            share.
+        caps: most entries that each KV head keeps, per layer, for budgets that heads share: what makes their shapes
+            static. None outside exported graphs.
 
     Raises:
         ConfigError: a value is out of range.
@@ -35,6 +40,9 @@ class CacheConfig:
     sinks: int = 0
     recent: int = 0
     lookahead: int = 1
+    min_per_head: int = 0
+    threshold: float = 0.0
+    caps: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -44,6 +52,7 @@ class CacheConfig:
             ("sinks", 0),
             ("recent", 0),
             ("lookahead", 1),
+            ("min_per_head", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -63,8 +72,37 @@ class CacheConfig:
                 f"sinks ({self.sinks}) + recent ({self.recent}) protect more entries than the budget of {self.budget} "
                 "holds: lower them or raise --budget"
             )
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold is {self.threshold}, but a retention lies in [0, 1): 0 switches it off")
+        if self.min_per_head > self.budget:
+            raise BudgetError(
+                f"min per head {self.min_per_head} needs more entries than the budget of {self.budget} per head holds: "
+                "lower --min-per-head or raise --budget"
+            )
+        if self.caps is not None:
+            self._check_caps(self.caps)
+
+    def _check_caps(self, caps: tuple[tuple[int, ...], ...]) -> None:
+        if not caps or not caps[0] or any(len(heads) != len(caps[0]) for heads in caps):
+            raise ConfigError("caps must give one number for each KV head of each layer")
+        low = max(self.min_per_head, self.sinks + self.recent, 1)
+        every = [cap for heads in caps for cap in heads]
+        if min(every) < low:
+            raise BudgetError(
+                f"a cap of {min(every)} entries is below the {low} that each head must be able to keep: "
+                "raise it, or lower --min-per-head, --sinks or --recent"
+            )
+        if sum(every) < self.budget * len(every):
+            raise BudgetError(
+                f"caps hold {sum(every)} entries, fewer than a budget of {self.budget} for each of {len(every)} heads: "
+                "calibrate them for this budget"
+            )
 
     @property
     def slots(self) -> int:
         """Slots C = M + B of each head."""
         return self.budget + self.buffer
+
+    def segment(self, first: bool) -> int:
+        """Tokens up to the next event of a budget that heads share; after the first they fall on M + B, M + 2B, ..."""
+        return (self.budget % self.buffer or self.buffer) if first else self.buffer

@@ -24,6 +24,9 @@ class CacheState:
         key, value: float32 ``[layers, kv_heads, live, head_dim]``; keys after RoPE.
         log_beta: float32 ``[layers, kv_heads, live]``.
         positions: int64 ``[layers, kv_heads, live]``, absolute.
+        lengths: int64 ``[layers, kv_heads]``, live entries of each head, the rest being padding (position -1); None:
+            all are live.
+        fill: tokens since the last event, where heads share a budget.
     """
 
     seen: int
@@ -31,6 +34,8 @@ class CacheState:
     value: FloatArray
     log_beta: FloatArray
     positions: IntArray
+    lengths: IntArray | None = None
+    fill: int | None = None
 
     def __post_init__(self) -> None:
         rows = self.key.shape[:3]
@@ -42,6 +47,7 @@ class CacheState:
 
     @property
     def live(self) -> int:
+        """Slots of the longest head."""
         return int(self.key.shape[2])
 
 
@@ -81,6 +87,11 @@ class Engine(ABC):
     def room(self) -> int:
         """Tokens that fit before an eviction event is due; 0 when it is due now."""
         return self.config.slots - self.live
+
+    @property
+    def entries(self) -> int:
+        """Live entries of all layers and heads."""
+        return self.num_layers * self.num_kv_heads * self.live
 
     def prefill(self, tokens: npt.ArrayLike) -> FloatArray:
         """Reads ``1 <= T <= min(room, prefill_chunk)`` tokens; returns the logits ``[vocab_size]`` after the last.
@@ -162,6 +173,8 @@ class Engine(ABC):
         """
         rows, live, budget = (self.num_layers, self.num_kv_heads), state.live, self.config.budget
         want = (*rows, live, self.head_dim)
+        if state.lengths is not None:
+            raise StateError("the state has heads of different lengths: it was made by a policy with a shared budget")
         if state.key.shape != want or live > self.config.slots or state.seen < live:
             raise StateError(
                 f"state of shape {state.key.shape} with {state.seen} tokens seen does not fit this cache of "

@@ -1,7 +1,8 @@
 """Eviction as pure functions, written in ops that every target has (docs/design.md).
 
 A policy says who stays: a boolean mask over ``[rows, slots]``, one row per (layer, KV head). ``plan_moves`` turns the
-mask into the at most B row moves per head that keep the survivors in the live prefix ``[0, M)``.
+mask into the at most B row moves per head that keep the survivors in the live prefix ``[0, M)``. For budgets that heads
+share see :mod:`trimkv_edge.pooled_eviction`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.policies import POLICIES
 from trimkv_edge.policies.base import LOG_BETA, Entries, Policy
-from trimkv_edge.policies.selection import protect
+from trimkv_edge.policies.selection import keep_per_head, protect
 
 
 def find_policy(name: str) -> Policy:
@@ -32,14 +33,32 @@ def policy_of(config: CacheConfig) -> Policy:
     """The policy of a cache whose other settings it can honour.
 
     Raises:
-        ConfigError: the policy is not known, or look-ahead is asked of one that does not read retention gates.
+        ConfigError: the policy is not known, look-ahead is asked of one that does not read retention gates, or
+            settings of a shared budget of one that has none.
     """
     policy = find_policy(config.policy)
     if config.lookahead != 1 and LOG_BETA not in policy.reads:
         raise ConfigError(
             f"lookahead is {config.lookahead}, but policy {policy.name} does not score by retention: use lookahead 1"
         )
+    for name in ("min_per_head", "threshold", "caps"):
+        if getattr(config, name) and not policy.pooled:
+            pooled = ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
+            raise ConfigError(
+                f"{name.replace('_', ' ')} is for policies whose heads share a budget ({pooled}), "
+                f"not for {policy.name}: leave it out or change --policy"
+            )
     return policy
+
+
+def check_caps(config: CacheConfig, layers: int, heads: int) -> None:
+    """Raises :class:`ConfigError` if the caps are those of another model."""
+    caps = config.caps
+    if caps is not None and (len(caps), len(caps[0])) != (layers, heads):
+        raise ConfigError(
+            f"the caps are for {len(caps)} layers x {len(caps[0])} KV heads, but the model has {layers} x {heads}: "
+            "calibrate them for this model"
+        )
 
 
 def score_entries(entries: Entries, config: CacheConfig) -> Tensor:
@@ -49,20 +68,19 @@ def score_entries(entries: Entries, config: CacheConfig) -> Tensor:
 
 
 def select_survivors(entries: Entries, config: CacheConfig) -> Tensor:
-    """Who stays at an eviction event.
+    """Who stays at an eviction event where each head has its own budget.
 
     Args:
         entries: what is live; rows = layers x KV heads (row = layer * H + head).
         config: budget, protection, look-ahead and the policy's name.
 
     Returns:
-        bool ``[rows, slots]``. A policy that ranks across rows may keep a different number in each row.
+        bool ``[rows, slots]``, True exactly ``budget`` times per row.
 
     Raises:
         ConfigError: unknown policy.
-        BudgetError: the policy never evicts.
     """
-    return find_policy(config.policy).select(score_entries(entries, config), entries.positions, config.budget)
+    return keep_per_head(score_entries(entries, config), entries.positions, config.budget)
 
 
 def plan_moves(keep: Tensor, budget: int) -> tuple[Tensor, Tensor]:

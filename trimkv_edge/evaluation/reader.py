@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimkv_edge.cache import StaticCache
+from trimkv_edge.cache import new_cache
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine, FloatArray
 from trimkv_edge.errors import ConfigError
@@ -79,14 +79,12 @@ class EagerReader:
         self, ids: Tensor, wanted: Tensor, progress: Progress | None
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
         shape, config, base = self.model.config, self.config, self.model.base
-        cache = StaticCache(
-            config, shape.num_hidden_layers, shape.num_key_value_heads, self.model.head_dim, batch=len(ids)
-        )
+        cache = new_cache(config, shape.num_hidden_layers, shape.num_key_value_heads, self.model.head_dim, len(ids))
         right = np.zeros(ids.shape, dtype=bool)
         nats = np.zeros(ids.shape)
         start = 0
         while start < ids.shape[1]:
-            part = ids[:, start : start + min(config.prefill_chunk, config.slots - cache.live)]
+            part = ids[:, start : start + min(config.prefill_chunk, cache.room)]
             end = start + part.shape[1]
             positions = torch.arange(start, end).unsqueeze(0)
             hidden = base.model(
@@ -102,7 +100,7 @@ class EagerReader:
                 right[where] = (logits.argmax(-1) == target).numpy()
                 nats[where] = loss.numpy()
             cache.advance(part.shape[1])
-            if cache.live == config.slots and end < ids.shape[1]:
+            if cache.room == 0 and end < ids.shape[1]:
                 cache.evict()
             start = end
             if progress:

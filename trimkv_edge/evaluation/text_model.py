@@ -113,7 +113,7 @@ def open_model(
     """
     import torch
 
-    from trimkv_edge.models.eager import EagerEngine
+    from trimkv_edge.models.eager import eager_engine
     from trimkv_edge.models.loading import gates_for, load_model
     from trimkv_edge.models.source import find_source
 
@@ -136,7 +136,7 @@ def open_model(
         lookahead=lookahead,
     )
     loaded = load_model(source, chosen, rope)
-    engine = EagerEngine(loaded.model, config, loaded.rope.position_limit)
+    engine = eager_engine(loaded.model, config, loaded.rope.position_limit)
     text = TextTokenizer(source.folder / TOKENIZER_FILE)
     bos = getattr(source.config, "bos_token_id", None)
     return TextModel(

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.policies.selection import keep_per_head
 
 # What a policy may read beside positions. Attention is known to the eager engine only.
 LOG_BETA, KEY_SCORE, KEY, MASS, WINDOW = "log_beta", "key_score", "key", "mass", "window"
 _EAGER_ONLY = frozenset([KEY, MASS, WINDOW])
+# Whose entries compete for one budget.
+HEAD, LAYER, MODEL = "head", "layer", "model"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Policy:
         reads: what ``score`` needs beside positions.
         key_score: ``[..., slots, head_dim] -> [..., slots]``, for policies that read ``key_score``.
         window: newest queries that ``score`` would like to see, see :meth:`observes`.
-        select: ``(scores, positions, budget) -> bool [rows, slots]``.
+        scope: whose entries compete: each KV head's own, those of a layer, or all.
         evicts: False for the full cache.
         scale: size that the rounding error of a score is relative to; None is the score itself, 0 is no error at all.
         sinks: first tokens that never leave where the user does not say.
@@ -65,7 +66,7 @@ class Policy:
     reads: frozenset[str] = frozenset()
     key_score: Callable[[Tensor], Tensor] | None = None
     window: int = 0
-    select: Callable[[Tensor, Tensor, int], Tensor] = keep_per_head
+    scope: str = HEAD
     evicts: bool = True
     scale: float | None = None
     sinks: int = 0
@@ -75,6 +76,11 @@ class Policy:
         """Newest queries W whose attention is kept: at most the buffer (all that they saw is then still live) and half
         of the budget (a policy that keeps its window would be nothing but a window otherwise)."""
         return min(self.window, config.buffer, max(1, config.budget // 2)) if self.window else 0
+
+    @property
+    def pooled(self) -> bool:
+        """Whether heads share a budget, so that each may hold another number of entries."""
+        return self.scope != HEAD
 
     @property
     def exports(self) -> bool:

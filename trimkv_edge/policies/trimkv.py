@@ -9,8 +9,9 @@ from trimkv_edge.policies.base import LOG_BETA, Entries, Policy
 from trimkv_edge.retention import retention_score
 
 
-def _score(entries: Entries, config: CacheConfig) -> Tensor:
+def retention(entries: Entries, config: CacheConfig) -> Tensor:
+    """See :func:`~trimkv_edge.retention.retention_score`."""
     return retention_score(entries.log_beta, entries.positions, entries.seen, config.lookahead)
 
 
-POLICY = Policy("trimkv", _score, frozenset([LOG_BETA]), source="TRIM-KV, arXiv 2512.03324")
+POLICY = Policy("trimkv", retention, frozenset([LOG_BETA]), source="TRIM-KV, arXiv 2512.03324")
