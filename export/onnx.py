@@ -10,6 +10,7 @@ State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a ru
 
 The decoder also reads ``input_ids`` int64 ``[1, T]``, ``position`` int64 ``[1]`` (of the first token) and
 ``live_length`` int64 ``[1]``, and gives ``logits`` float32 ``[1, 1, vocabulary]``. T is its only dynamic axis.
+Where heads share a budget, heads have tensors of their own: see :mod:`trimkv_edge.export.onnx_pooled`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from torch.onnx import ops as onnx_ops
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
+from trimkv_edge.eviction import require_exportable
 from trimkv_edge.export.onnx_attention import BACKENDS, OnnxAttention
 from trimkv_edge.export.onnx_evict import evict_model
 from trimkv_edge.export.onnx_lint import lint, lint_standard
+from trimkv_edge.export.onnx_pooled import POOLED_BACKENDS, PooledAttention, table_width
+from trimkv_edge.export.onnx_pooled_evict import pooled_evict_model
 from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
 from trimkv_edge.export.onnx_rotary import fused_rotary
 from trimkv_edge.export.onnx_trace import trace
@@ -61,7 +65,7 @@ def export_onnx(
         progress: called with one line per stage.
 
     Raises:
-        ConfigError: unknown ``ops``, or a setting that this target does not export (look-ahead).
+        ConfigError: unknown ``ops``, or a setting that this target does not export (look-ahead, no caps).
         VerificationError: a graph is not safe to run in place.
     """
     if ops not in BACKENDS:
@@ -70,7 +74,7 @@ def export_onnx(
     shape = model.config
     check = lint_standard if ops == "standard" else lint
     say("onnx: evict graph")
-    evict = evict_model(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
+    evict = _evict_model(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
     _require_safe(EVICT, lint_standard(evict))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as temporary:
@@ -89,6 +93,12 @@ def export_onnx(
         for name in (DECODER_DATA, DECODER, EVICT):
             os.replace(work / name, folder / name)
     return Target("onnx", ops, {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT})
+
+
+def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) -> onnx.ModelProto:
+    require_exportable(config, layers, heads)
+    make = evict_model if config.caps is None else pooled_evict_model
+    return make(config, layers, heads, head_dim)
 
 
 class _Decoder(nn.Module):
@@ -113,31 +123,66 @@ class _Decoder(nn.Module):
         return (logits, written, *(tensor for pair in pairs for tensor in pair))
 
 
+class _PooledDecoder(nn.Module):
+    """The same where heads share a budget."""
+
+    def __init__(self, model: GatedModel, attention: type[PooledAttention]) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        live_length: Tensor,
+        lengths: Tensor,
+        log_beta: Tensor,
+        cache: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        count = input_ids.shape[1]
+        heads = self.model.config.num_key_value_heads
+        backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, count, heads)
+        logits = self.model(input_ids, chunk_positions(position, count), backend)
+        pairs = zip(backend.keys, backend.values, strict=True)
+        return (logits, backend.write_log_betas(log_beta), *(tensor for pair in pairs for tensor in pair))
+
+
 def _save_decoder(model: GatedModel, config: CacheConfig, ops: str, path: Path, say: Callable[[str], None]) -> None:
     shape = model.config
     layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
-    names = ["log_beta", *(f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value"))]
-    number = torch.zeros(1, dtype=torch.int64)
-    zero = torch.zeros(1)
+    zero, number = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     chunk = min(config.prefill_chunk, 3)
-    args = (
-        torch.zeros(1, chunk, dtype=torch.int64),
-        number,
-        number.clone(),
-        # Expanded: tracing needs shapes, not gigabytes.
-        zero.expand(config.slots, layers * heads),
-        [zero.expand(1, heads, config.slots, model.head_dim) for _ in range(2 * layers)],
-    )
     tokens = {1: torch.export.Dim("T", min=1, max=config.prefill_chunk)} if chunk > 1 else None
-    dynamic = {"position": None, "live_length": None, "log_beta": None, "cache": [None] * (2 * layers)}
+    plain = {
+        "input_ids": torch.zeros(1, chunk, dtype=torch.int64),
+        "position": number,
+        "live_length": number.clone(),
+    }
+    # Expanded: tracing needs shapes, not gigabytes.
+    decoder: nn.Module
+    if config.caps is None:
+        decoder = _Decoder(model.eval(), BACKENDS[ops])
+        prefixes = [f"{layer}" for layer in range(layers)]
+        shapes = [(1, heads, config.slots, model.head_dim)] * layers
+        table = zero.expand(config.slots, layers * heads)
+    else:
+        decoder = _PooledDecoder(model.eval(), POOLED_BACKENDS[ops])
+        prefixes = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
+        shapes = [(1, 1, cap + config.buffer, model.head_dim) for caps in config.caps for cap in caps]
+        table = zero.expand(layers * heads, table_width(config))
+        plain["lengths"] = number.expand(layers * heads)
+    cache = [zero.expand(shape) for shape in shapes for _ in ("key", "value")]
+    names = ["log_beta", *(f"{prefix}.{kind}" for prefix in prefixes for kind in ("key", "value"))]
+    dynamic = {"input_ids": tokens, **{name: None for name in plain if name != "input_ids"}}
     with fused_rotary(model) if ops == "gqa" else nullcontext():
         program = trace(
-            _Decoder(model.eval(), BACKENDS[ops]),
-            args,
-            ["input_ids", "position", "live_length", *(f"past.{name}" for name in names)],
+            decoder,
+            (*plain.values(), table, cache),
+            [*plain, *(f"past.{name}" for name in names)],
             ["logits", *(f"present.{name}" for name in names)],
             _OPSETS[ops],
-            {"input_ids": tokens, **dynamic},
+            {**dynamic, "log_beta": None, "cache": [None] * len(cache)},
         )
     say("onnx: decoder file")
     program.save(path, external_data=True)

@@ -20,7 +20,6 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoPro
 from torch import Tensor, nn
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import event_positions, find_policy, plan_moves, select_survivors
 from trimkv_edge.export.onnx_trace import trace
 from trimkv_edge.policies.base import Entries
@@ -72,14 +71,7 @@ def evict_function(config: CacheConfig, layers: int, heads: int) -> FunctionProt
     Inputs: log_beta float32 ``[slots, rows]``, positions int64 ``[rows, budget]``, seen int64 ``[1]``, and for policies
     that score keys key_score float32 ``[rows, slots]``. Outputs: destination and source int64 ``[rows, buffer]``, then
     the first two inputs after the event.
-
-    Raises:
-        ConfigError: look-ahead scores, which are not exported.
     """
-    if config.lookahead != 1:
-        raise ConfigError(
-            f"lookahead is {config.lookahead}, but the onnx target exports the single-step score only: use lookahead 1"
-        )
     rows = layers * heads
     log_beta = torch.zeros(config.slots, rows)
     positions = torch.arange(config.budget, dtype=torch.int64).expand(rows, -1).contiguous()
@@ -90,7 +82,7 @@ def evict_function(config: CacheConfig, layers: int, heads: int) -> FunctionProt
         inputs.append("key_score")
         args.append(torch.zeros(rows, config.slots))
     module = _Evict(config, layers, heads)
-    return _function("Evict", module, tuple(args), inputs, outputs, list(_SETTINGS))
+    return function_of("Evict", module, tuple(args), inputs, outputs, list(_SETTINGS))
 
 
 def key_scores_function(
@@ -98,10 +90,10 @@ def key_scores_function(
 ) -> FunctionProto:
     """``trimkv::KeyScores``: one layer's keys ``[1, heads, slots, head_dim]`` -> ``[heads, slots]``."""
     cache = torch.ones(1, heads, config.slots, head_dim)
-    return _function("KeyScores", _KeyScores(score), (cache,), ["cache"], ["scores"], [])
+    return function_of("KeyScores", _KeyScores(score), (cache,), ["cache"], ["scores"], [])
 
 
-def _function(
+def function_of(
     name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: list[str], outputs: list[str], settings: list[str]
 ) -> FunctionProto:
     """A traced module as a model-local function."""

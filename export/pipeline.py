@@ -7,10 +7,20 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from trimkv_edge.budget import MemoryEstimate, ModelShape, check_fits, estimate_memory, parse_budget
+from trimkv_edge.budget import (
+    MemoryEstimate,
+    ModelShape,
+    check_budget,
+    check_fits,
+    estimate_memory,
+    parse_budget,
+    parse_size,
+)
+from trimkv_edge.caps import CAPS_FILE, Calibration, load_calibration
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.eviction import find_policy
+from trimkv_edge.eviction import find_policy, require_exportable
+from trimkv_edge.export.caps import AUTO, calibrate_within, caps_from_file, check_gates
 from trimkv_edge.export.targets import TARGETS, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
@@ -37,6 +47,9 @@ class ExportRequest:
     policy: str = "trimkv"
     sinks: int = 0
     recent: int = 0
+    min_per_head: int = 0
+    threshold: float = 0.0
+    caps: str | None = None
     targets: tuple[str, ...] = ("executorch", "onnx")
     ops: tuple[str, ...] = ()
     gates: str | None = None
@@ -50,7 +63,13 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A request whose settings were checked, and what it will cost; ``gates`` are kind and file.."""
+    """A request whose settings were checked, and what it will cost.
+
+    Attributes:
+        config: without caps where heads share a budget and they are calibrated by the export itself.
+        gates: kind and file.
+        calibration: what a caps file says.
+    """
 
     request: ExportRequest
     source: ModelSource
@@ -59,6 +78,7 @@ class ExportPlan:
     memory: MemoryEstimate
     ops: dict[str, str]
     gates: tuple[str, Path | None]
+    calibration: Calibration | None = None
 
     @property
     def export_peak(self) -> int:
@@ -82,9 +102,6 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     if request.dtype != "float32":
         raise ConfigError(f"dtype {request.dtype!r} cannot be exported yet: use --dtype float32")
     policy = find_policy(request.policy)
-    if not policy.exports:
-        able = ", ".join(name for name, policy in POLICIES.items() if policy.exports)
-        raise ConfigError(f"policy {request.policy!r} runs in the eager engine only (see --help): export one of {able}")
     ops = check_ops(request.targets, request.ops)
     source = find_source(request.model, request.weights, request.random_weights)
     request = replace(request, gates=gates_for(policy, source, request.gates))
@@ -100,11 +117,28 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         policy=request.policy,
         sinks=request.sinks,
         recent=request.recent,
+        min_per_head=request.min_per_head,
+        threshold=request.threshold,
     )
+    calibration = None
+    if policy.pooled:
+        request = replace(request, caps=request.caps or AUTO)
+        if request.caps != AUTO:
+            path = Path(request.caps or "")
+            if parse_size(request.budget) is not None:  # the bytes are a limit, the entries come with the caps
+                cache = replace(cache, budget=load_calibration(path).cache.budget)
+            calibration = caps_from_file(path, cache, source)
+            cache = calibration.cache
+            check_budget(cache, shape, request.dtype, request.budget)
+    elif request.caps is not None:
+        pooled = ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
+        raise ConfigError(f"--caps is for policies whose heads share a budget ({pooled}), not for {request.policy}")
+    if calibration or not policy.pooled:
+        require_exportable(cache, config.num_hidden_layers, config.num_key_value_heads)
     memory = estimate_memory(shape, cache, request.dtype)
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
-    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path))
+    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), calibration)
 
 
 def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -123,8 +157,11 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
     plan.check_fits()
     report(f"loading {plan.source.name} ({plan.source.origin}) and its gates")
     loaded = load_model(plan.source, request.gates, request.rope, request.seed)
+    plan = with_caps(plan, loaded, report)
     with new_folder(request.output) as folder:
         tokenizer = copy_tokenizer(plan.source.folder, folder, plan.source.config)
+        if plan.calibration is not None:
+            plan.calibration.save(folder / CAPS_FILE)
         targets: dict[str, Target] = {}
         for name, ops in plan.ops.items():
             report(f"exporting to {name} ({ops})")
@@ -148,6 +185,30 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
     return manifest
 
 
+def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPlan:
+    """The plan with the caps of its heads, calibrated now if they were not given; its memory is exact from here on.
+
+    Raises:
+        ConfigError: the caps are for other gates, or calibration failed.
+        BudgetError: the bytes do not fit.
+    """
+    request = plan.request
+    if request.caps is None:
+        return plan
+    calibration = plan.calibration
+    if calibration is None:
+        report(f"calibrating caps for a budget of {plan.config.budget} entries per head that all share")
+        calibration = calibrate_within(
+            loaded, plan.source, plan.shape, plan.config, request.budget, lambda line: report(f"  {line}")
+        )
+    check_gates(calibration, loaded)
+    config = calibration.cache
+    memory = estimate_memory(plan.shape, config, request.dtype)
+    plan = replace(plan, calibration=calibration, config=config, memory=memory)
+    plan.check_fits()
+    return plan
+
+
 def verify_targets(
     manifest: Manifest,
     loaded: LoadedModel,
@@ -157,14 +218,14 @@ def verify_targets(
 ) -> Manifest:
     """Compares each target with the eager model and returns the manifest with the parity reports in it."""
     config = manifest.cache
-    plan = stream_plan(config.budget, config.buffer, config.prefill_chunk)
+    plan = stream_plan(config.budget, config.buffer, config.prefill_chunk, pooled=config.caps is not None)
     tokens = sample_tokens(folder, manifest, sum(plan))
     tolerance = load_tolerance(manifest.dtype)
     targets = {}
     for name, target in manifest.targets.items():
         report(f"verifying {name}: {sum(plan)} tokens, every survivor and greedy token against the eager model")
         reference = eager_engine(loaded.model, config, manifest.rope.position_limit)
-        artefact = engine_class(name)(folder, manifest, target)
+        artefact = engine_class(name, config)(folder, manifest, target)
         done = 0
 
         def count(size: int) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, Engine, IntArray
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.eviction import find_policy, score_entries
-from trimkv_edge.policies.base import Entries
+from trimkv_edge.policies.base import HEAD, LAYER, MODEL, Entries
 
 MIN_EVENTS = 5
+Key = tuple[int, int, int]  # layer, KV head, position
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,23 @@ def load_tolerance(dtype: str) -> Tolerance:
     return Tolerance(**table[dtype])
 
 
-def stream_plan(budget: int, buffer: int, chunk: int, events: int = MIN_EVENTS) -> list[int]:
+def stream_plan(budget: int, buffer: int, chunk: int, events: int = MIN_EVENTS, pooled: bool = False) -> list[int]:
     """Chunk lengths of a verification stream: full and odd prefill chunks, then one token at a time.
 
-    Prefill (chunks of ``chunk`` and of other lengths, cut at each event) up to the second event, then single tokens
-    until ``events`` events have run, and half a ring more.
+    Prefill (chunks of ``chunk`` and of other lengths, cut at each event) up to the second event of a full cache, then
+    single tokens until ``events`` of them have run, and half a ring more. ``pooled``: heads share the budget, so there
+    are events before the cache is full.
     """
     plan: list[int] = []
-    live, done = 0, 0
+    seen = 0
     odd = [chunk, max(1, chunk // 3), max(1, chunk // 2)]
-    while done < 2:
-        size = min(odd[len(plan) % 3], budget + buffer - live)
-        plan.append(size)
-        live += size
-        if live == budget + buffer:
-            live, done = budget, done + 1
-    return plan + [1] * ((events - done) * buffer + max(1, buffer // 2))
+    while seen < budget + 2 * buffer:
+        due = buffer - (seen - budget) % buffer
+        if not pooled and seen < budget + buffer:
+            due = budget + buffer - seen
+        plan.append(min(odd[len(plan) % 3], due))
+        seen += plan[-1]
+    return plan + [1] * ((events - 2) * buffer + max(1, buffer // 2))
 
 
 def compare(
@@ -146,24 +147,34 @@ def compare_survivors(
     Args:
         before: the reference's state just before the event.
         config: cache settings.
-        want, got: positions kept, int64 ``[layers, kv_heads, budget]``, in any order.
+        want, got: positions kept, int64 ``[layers, kv_heads, most]``, in any order; negative numbers are padding.
         score_rel: see ``tolerances.yaml``.
 
     Returns:
         (mismatches, undecidable): entries that only one side kept, and those of them whose scores float32 cannot rank.
     """
     mismatches = undecidable = 0
-    scores = None
-    for layer, head in np.ndindex(*want.shape[:2]):
-        lost = np.setdiff1d(want[layer, head], got[layer, head])
-        if lost.size:
-            extra = np.setdiff1d(got[layer, head], want[layer, head])
+    scores: dict[Key, float] | None = None
+    policy = find_policy(config.policy)
+    one, other = _groups(want, policy.scope), _groups(got, policy.scope)
+    for group in one:
+        lost, extra = one[group] - other[group], other[group] - one[group]
+        if lost or extra:
             scores = _scores(before, config) if scores is None else scores
-            scale = find_policy(config.policy).scale
-            count = _too_close(scores[layer, head], before.positions[layer, head], lost, extra, score_rel, scale)
+            count = _too_close(scores, lost, extra, score_rel, policy.scale)
             undecidable += count
-            mismatches += max(lost.size, extra.size) - count
+            mismatches += max(len(lost), len(extra)) - count
     return mismatches, undecidable
+
+
+def _groups(positions: IntArray, scope: str) -> dict[tuple[int, ...], set[Key]]:
+    """Entries by what competes for one budget: each head, each layer, or all."""
+    depth = {HEAD: 2, LAYER: 1, MODEL: 0}[scope]
+    found: dict[tuple[int, ...], set[Key]] = {}
+    for where in np.ndindex(*positions.shape[:2]):
+        held = found.setdefault(where[:depth], set())
+        held.update((*where, position) for position in positions[where].tolist() if position >= 0)
+    return found
 
 
 def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report: ParityReport) -> None:
@@ -172,31 +183,32 @@ def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report
     artefact.evict()
     want = reference.survivors()
     mismatches, undecidable = compare_survivors(before, reference.config, want, artefact.survivors(), score_rel)
-    report.events += 1
-    report.survivors += want.size
+    # Where heads share a budget, nothing leaves before the cache is full.
+    held = int((want >= 0).sum())
+    report.events += int(before.count > held)
+    report.survivors += held
     report.survivor_mismatches += mismatches
     report.undecidable += undecidable
     if mismatches or undecidable:
         artefact.load_state(reference.state())
 
 
-def _scores(state: CacheState, config: CacheConfig) -> Tensor:
-    """The policy's scores of all entries, ``[layers, kv_heads, live]``."""
+def _scores(state: CacheState, config: CacheConfig) -> dict[Key, float]:
+    """The policy's scores of all entries."""
     layers, heads = state.log_beta.shape[:2]
     log_beta, positions, key = (torch.from_numpy(x).flatten(0, 1) for x in (state.log_beta, state.positions, state.key))
     score = find_policy(config.policy).key_score
     entries = Entries(log_beta, positions, state.seen, layers, heads, key_score=score(key) if score else None)
-    return score_entries(entries, config).view(layers, heads, -1)
+    table = score_entries(entries, config).view(layers, heads, -1).tolist()
+    return {
+        (layer, head, position): table[layer][head][slot]
+        for (layer, head, slot), position in np.ndenumerate(state.positions)
+    }
 
 
-def _too_close(
-    scores: Tensor, positions: IntArray, lost: IntArray, extra: IntArray, score_rel: float, scale: float | None
-) -> int:
-    """How many swapped pairs of one head have scores that float32 noise can reorder."""
-    if lost.size != extra.size or not np.isin(extra, positions).all():
+def _too_close(scores: dict[Key, float], lost: set[Key], extra: set[Key], score_rel: float, scale: float | None) -> int:
+    """How many swapped pairs of one group have scores that float32 noise can reorder."""
+    if len(lost) != len(extra) or not extra <= scores.keys():
         return 0
-    by_position = dict(zip(positions.tolist(), scores.tolist(), strict=True))
-    pairs = zip(
-        sorted(by_position[p] for p in lost.tolist()), sorted(by_position[p] for p in extra.tolist()), strict=True
-    )
+    pairs = zip(sorted(scores[key] for key in lost), sorted(scores[key] for key in extra), strict=True)
     return sum(0 < abs(a - b) <= score_rel * (max(abs(a), abs(b)) if scale is None else scale) for a, b in pairs)

@@ -82,13 +82,18 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
 
 
 def gates_for(policy: Policy, source: ModelSource, gates: str | None) -> str | None:
-    """Policies that read no log-betas do without gates where a model has none of its own."""
+    """The gates that a policy gets where the user does not say.
+
+    Policies that read no log-betas do without where a model has none of its own; those whose heads share a budget get
+    the kind whose scores are comparable between heads (``rg10``, the shared final scoring projection).
+    """
     if LOG_BETA in policy.reads:
         if gates == "none":
             raise ConfigError(
                 f"policy {policy.name} ranks by retention gates: leave out --gates none, or change --policy"
             )
-        return gates
+        comparable = "rg10" in source.gates or source.random_weights
+        return "rg10" if gates is None and policy.pooled and comparable else gates
     return gates or (None if source.gates else "none")
 
 

@@ -250,7 +250,7 @@ class Session:
             decode_tokens_per_s=_rate(self._decoded, self._decode_s),
             events=self._events,
             event_s=self._event_s,
-            live_entries=self.engine.live,
+            live_entries=round(self.engine.entries / (self.engine.num_layers * self.engine.num_kv_heads)),
             max_entries=self.engine.config.slots,
             cache_bytes=self._cache_bytes,
             rss_bytes=rss_bytes(),

@@ -25,8 +25,8 @@ class SessionStatistics:
             took in between; None before there was one.
         prefill_tokens_per_s, decode_tokens_per_s: over all steps of the kind, events included; None before the first.
         events: eviction events; event_s: seconds in them.
-        live_entries: entries that each KV head holds now.
-        max_entries: entries it can hold (budget + buffer).
+        live_entries: entries that each KV head holds now, on average where heads share a budget.
+        max_entries: entries it can hold (budget + buffer), likewise.
         cache_bytes: size of the cache, whatever the stream's length.
         rss_bytes, peak_rss_bytes: resident memory of this process now and at most.
     """

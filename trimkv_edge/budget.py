@@ -11,6 +11,7 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import BudgetError, ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?)(I?B)?\s*", re.ASCII)
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _METADATA_BYTES = 4  # log_beta, float32, per slot and head
 _POSITION_BYTES = 8  # int64, per kept slot and head
@@ -80,7 +81,7 @@ def parse_budget(text: str, shape: ModelShape, buffer: int, dtype: str) -> int:
         ConfigError: not a number of entries or a size.
         BudgetError: the bytes do not hold the ring and one kept entry.
     """
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?)(I?B)?\s*", text.upper(), re.ASCII)
+    match = _SIZE.fullmatch(text.upper())
     if not match or (not match[2] and not match[3] and "." in match[1]):
         raise ConfigError(f"budget {text!r} is neither entries per head (512) nor a size (64MB, 1.5GB)")
     if not match[2] and not match[3]:
@@ -95,6 +96,22 @@ def parse_budget(text: str, shape: ModelShape, buffer: int, dtype: str) -> int:
             "raise --budget or lower --buffer"
         )
     return int(budget)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a budget that is given as a size (``"64MB"``), None for one given in entries per head (``"512"``)."""
+    match = _SIZE.fullmatch(text.upper())
+    return int(float(match[1]) * _UNITS[match[2]]) if match and (match[2] or match[3]) else None
+
+
+def check_budget(config: CacheConfig, shape: ModelShape, dtype: str, budget: str) -> None:
+    """Raises :class:`BudgetError` if the cache with its caps needs more bytes than a budget given as a size."""
+    size, needed = parse_size(budget), cache_bytes(shape, config, dtype)
+    if size is not None and needed > size:
+        raise BudgetError(
+            f"the caps need a cache of {format_bytes(needed)}, more than the budget of {format_bytes(size)}: "
+            "calibrate for a smaller budget or raise --budget"
+        )
 
 
 def estimate_memory(shape: ModelShape, config: CacheConfig, dtype: str) -> MemoryEstimate:

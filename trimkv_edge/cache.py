@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.errors import StateError
+from trimkv_edge.errors import ConfigError, StateError
 from trimkv_edge.eviction import find_policy, plan_moves, policy_of, select_survivors
 from trimkv_edge.policies.base import KEY, MASS, WINDOW, Entries
 from trimkv_edge.pool import PooledCache
@@ -34,6 +34,9 @@ class StaticCache:
         positions: int64 ``[batch, layers, kv_heads, slots]``.
         mass: float32, shaped like ``log_beta``: attention received so far; None unless the policy reads it.
         seen: tokens read; live: filled slots, alike in every head.
+
+    Raises:
+        ConfigError: a policy whose heads share a budget, or settings that the policy cannot honour.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class StaticCache:
         self.log_beta = torch.zeros(rows, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.policy = policy_of(config)
+        if self.policy.pooled:
+            raise ConfigError(f"policy {config.policy} has heads of different lengths: make its cache with new_cache")
         self.mass = torch.zeros(rows, device=device) if MASS in self.policy.reads else None
         # The newest queries: at an event all entries that they saw are still live, so their attention can be redone.
         self._window = self.policy.observes(config)

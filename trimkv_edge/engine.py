@@ -50,6 +50,11 @@ class CacheState:
         """Slots of the longest head."""
         return int(self.key.shape[2])
 
+    @property
+    def count(self) -> int:
+        """Live entries of all layers and heads."""
+        return int(np.prod(self.key.shape[:3])) if self.lengths is None else int(self.lengths.sum())
+
 
 class Engine(ABC):
     """A model over a bounded cache. Callers feed tokens; ``room`` tokens fit before the next eviction event.

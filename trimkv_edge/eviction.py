@@ -61,6 +61,28 @@ def check_caps(config: CacheConfig, layers: int, heads: int) -> None:
         )
 
 
+def require_exportable(config: CacheConfig, layers: int, heads: int) -> None:
+    """Whether graphs can hold these settings.
+
+    Raises:
+        ConfigError: a policy that only the eager engine runs, look-ahead, a shared budget without caps, or caps of
+            another model.
+    """
+    policy = policy_of(config)
+    if not policy.exports:
+        able = ", ".join(name for name, policy in POLICIES.items() if policy.exports)
+        raise ConfigError(f"policy {policy.name!r} runs in the eager engine only: export one of {able}")
+    if config.lookahead != 1:
+        raise ConfigError(
+            f"lookahead is {config.lookahead}, but graphs hold the single-step score only: use lookahead 1"
+        )
+    if policy.pooled and config.caps is None:
+        raise ConfigError(
+            f"policy {policy.name} has heads of changing lengths, and graphs need a cap for each: calibrate them"
+        )
+    check_caps(config, layers, heads)
+
+
 def score_entries(entries: Entries, config: CacheConfig) -> Tensor:
     """The policy's scores with ``sinks`` and ``recent`` lifted above all others, float32 ``[rows, slots]``."""
     scores = find_policy(config.policy).score(entries, config)

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
 from trimkv_edge.runtime.artefact import Artefact
@@ -17,15 +18,25 @@ from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 
 class EngineEntry(NamedTuple):
-    """``module:Class`` of an engine and the packages it needs; the extra that installs them has the engine's name."""
+    """``module:Class`` of an engine, and of its form for budgets that heads share, and the packages it needs; the extra
+    that installs them has the engine's name."""
 
     path: str
+    pooled_path: str
     packages: tuple[str, ...]
 
 
 ENGINES = {
-    "onnx": EngineEntry("trimkv_edge.runtime.engines.onnx:OnnxEngine", ("onnxruntime",)),
-    "executorch": EngineEntry("trimkv_edge.runtime.engines.executorch:ExecuTorchEngine", ("executorch", "torch")),
+    "onnx": EngineEntry(
+        "trimkv_edge.runtime.engines.onnx:OnnxEngine",
+        "trimkv_edge.runtime.engines.onnx_pooled:OnnxPooledEngine",
+        ("onnxruntime",),
+    ),
+    "executorch": EngineEntry(
+        "trimkv_edge.runtime.engines.executorch:ExecuTorchEngine",
+        "trimkv_edge.runtime.engines.executorch_pooled:ExecuTorchPooledEngine",
+        ("executorch", "torch"),
+    ),
 }
 
 
@@ -83,11 +94,13 @@ def load_engine(artefact: Artefact, name: str | None = None, threads: int | None
     chosen = choose_engine(artefact, name)
     artefact.check_fits()
     manifest = artefact.manifest
-    return engine_class(chosen)(artefact.folder, manifest, manifest.targets[chosen], threads)
+    return engine_class(chosen, manifest.cache)(artefact.folder, manifest, manifest.targets[chosen], threads)
 
 
-def engine_class(name: str) -> type[ArtefactEngine]:
-    """The class of an engine in ``ENGINES``; its own libraries are imported when it is constructed."""
-    module, _, attribute = ENGINES[name].path.partition(":")
+def engine_class(name: str, config: CacheConfig) -> type[ArtefactEngine]:
+    """The class of an engine in ``ENGINES`` that runs such a cache; its own libraries are imported when it is
+    constructed."""
+    entry = ENGINES[name]
+    module, _, attribute = (entry.path if config.caps is None else entry.pooled_path).partition(":")
     found: type[ArtefactEngine] = getattr(import_module(module), attribute)
     return found

@@ -50,21 +50,42 @@ class OnnxEngine(ArtefactEngine):
         threads = threads or _physical_cores()
         self._decoder = self._load("decoder", threads)
         self._evictor = self._load("evict", threads)
-        rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
-        shape = (1, self.num_kv_heads, slots, self.head_dim)
-        caches = [f"{layer}.{kind}" for layer in range(self.num_layers) for kind in ("key", "value")]
-        self._arrays: dict[str, Array] = {name: np.zeros(shape, np.float32) for name in caches}
-        self._arrays["log_beta"] = np.zeros((slots, rows), np.float32)
-        self._in_decoder = list(self._arrays)
-        self._arrays["positions"] = np.zeros((rows, self.config.budget), np.int64)
-        self._spare = {} if aliased else {name: np.zeros_like(array) for name, array in self._arrays.items()}
         self._position, self._live_length, self._seen = (np.zeros(1, np.int64) for _ in range(3))
+        self._arrays = self._allocate()
+        self._spare = {} if aliased else self._allocate()
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._chunks: dict[int, Array] = {}
         self._bindings: dict[int, Any] = {}
-        self._check_inputs(self._file("decoder"), self._decoder, self._in_decoder)
-        self._check_inputs(self._file("evict"), self._evictor, list(self._arrays))
+        self._check_inputs(self._file("decoder"), self._decoder, self._decoder_state())
+        self._check_inputs(self._file("evict"), self._evictor, self._evict_state())
         self._reset()
+
+    def _allocate(self) -> dict[str, Array]:
+        """All state tensors, zeroed."""
+        rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
+        shape = (1, self.num_kv_heads, slots, self.head_dim)
+        arrays: dict[str, Array] = {name: np.zeros(shape, np.float32) for name in self._caches()}
+        arrays["log_beta"] = np.zeros((slots, rows), np.float32)
+        arrays["positions"] = np.zeros((rows, self.config.budget), np.int64)
+        return arrays
+
+    def _caches(self) -> list[str]:
+        """Names of the key and value tensors that the evict graph sees."""
+        return [f"{layer}.{kind}" for layer in range(self.num_layers) for kind in ("key", "value")]
+
+    def _decoder_state(self) -> list[str]:
+        """State tensors of the decoder, which writes all of them in every step."""
+        return [*self._caches(), "log_beta"]
+
+    def _evict_state(self) -> list[str]:
+        return [*self._caches(), "log_beta", "positions"]
+
+    def _decoder_inputs(self) -> dict[str, Array]:
+        """What the decoder reads beside tokens and state."""
+        return {"position": self._position, "live_length": self._live_length}
+
+    def _evict_inputs(self) -> dict[str, Array]:
+        return {"seen": self._seen}
 
     def _load(self, role: str, threads: int) -> Any:
         ort, path = self._ort, self._file(role)
@@ -110,8 +131,8 @@ class OnnxEngine(ArtefactEngine):
 
     def _decoder_binding(self, count: int) -> Any:
         chunk = self._chunks.setdefault(count, np.zeros((1, count), np.int64))
-        plain = {"input_ids": chunk, "position": self._position, "live_length": self._live_length}
-        binding = self._bind(self._decoder, plain, self._in_decoder)
+        plain = {"input_ids": chunk, **self._decoder_inputs()}
+        binding = self._bind(self._decoder, plain, self._decoder_state())
         binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(self._logits))
         return binding
 
@@ -122,7 +143,7 @@ class OnnxEngine(ArtefactEngine):
             if count:
                 binding = self._decoder_binding(count)
             else:
-                binding = self._bind(self._evictor, {"seen": self._seen}, list(self._arrays))
+                binding = self._bind(self._evictor, self._evict_inputs(), self._evict_state())
             if self._aliased:
                 self._bindings[count] = binding
         return binding
@@ -137,14 +158,14 @@ class OnnxEngine(ArtefactEngine):
         self._chunks[ids.size][0] = ids
         self._position[0], self._live_length[0] = position, live
         self._decoder.run_with_iobinding(binding)
-        self._swap(self._in_decoder)
+        self._swap(self._decoder_state())
         logits: FloatArray = self._logits[0, 0].copy()
         return logits
 
     def _evict(self, seen: int) -> None:
         self._seen[0] = seen
         self._evictor.run_with_iobinding(self._binding(0))
-        self._swap(list(self._arrays))
+        self._swap(self._evict_state())
 
     def _reset(self) -> None:
         for array in self._arrays.values():

@@ -62,7 +62,7 @@ def test_streaming_has_the_published_sinks_unless_told(model: Path, tmp_path: Pa
         (["--gates", "none.safetensors"], "no gate file at none.safetensors"),
         (["--rope", "long"], "needs a LongRoPE model"),
         (["--seed", "-1"], "seed is -1"),
-        (["--policy", "h2o"], "export one of trimkv, streaming, keydiff, random"),
+        (["--policy", "h2o"], "export one of trimkv, global, layer, streaming, keydiff, random"),
         (["--gates", "none"], "policy trimkv ranks by retention gates"),
     ],
 )

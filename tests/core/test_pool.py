@@ -213,3 +213,5 @@ def test_settings_that_cannot_be_honoured(more: dict[str, object], error: type[E
 
 def test_per_head_policies_have_the_static_cache() -> None:
     assert isinstance(new_cache(CacheConfig(4, 2, 2), LAYERS, HEADS, DIM), StaticCache)
+    with pytest.raises(ConfigError, match="heads of different lengths"):
+        StaticCache(CacheConfig(4, 2, 2, "global"), LAYERS, HEADS, DIM)

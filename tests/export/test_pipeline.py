@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from factories import base_config, gated_model, random_tokens
 
+from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import BudgetError, ConfigError, ModelError, VerificationError
 from trimkv_edge.export import pipeline, targets
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
@@ -98,7 +99,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "model.pte").write_bytes(b"x")
         return targets.Target("executorch", "xnnpack", {"program": "model.pte"})
 
-    def engine_class(name: str) -> Any:
+    def engine_class(name: str, config: CacheConfig) -> Any:
         return lambda folder, manifest, target: ForgetsTheOldest(gated_model("qwen3-gqa"), manifest.cache)
 
     monkeypatch.setitem(targets.TARGETS, "executorch", targets.TargetSpec(("xnnpack",), export))

@@ -16,7 +16,8 @@ SHAPES = [(12, 5, 0, 0), (9, 11, 0, 0), (12, 5, 3, 2), (8, 1, 0, 0)]
 
 
 def test_every_policy_has_an_oracle() -> None:
-    assert set(POLICIES) - set(ORACLES) == {"full", "random"}  # these have tests of their own
+    # These have tests of their own.
+    assert set(POLICIES) - set(ORACLES) == {"full", "random", "global", "layer"}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,7 +48,7 @@ def tables(cache: StaticCache) -> list[torch.Tensor]:
     return [*found, torch.stack([key[:, :, :live] for key in cache.key], 1)]
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.evicts and not policy.pooled])
 def test_a_batch_equals_its_streams_and_reset_forgets(policy: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(40, LAYERS, 3, GROUP + 2, HEADS, DIM, generator=generator)
@@ -63,7 +64,7 @@ def test_a_batch_equals_its_streams_and_reset_forgets(policy: str) -> None:
             assert torch.equal(one[0], many[sequence])
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.evicts and not policy.pooled])
 def test_nothing_grows(policy: str) -> None:
     """Elements held after many events are those held after the first; only what the policy reads is kept."""
 
@@ -111,6 +112,8 @@ def test_look_ahead_belongs_to_gates(policy: str) -> None:
 
 
 def test_registry() -> None:
-    assert list(POLICIES) == ["trimkv", "full", "streaming", "keydiff", "random", "h2o", "snapkv", "r-kv", "tova"]
-    assert [name for name, policy in POLICIES.items() if policy.exports] == ["trimkv", "streaming", "keydiff", "random"]
+    exported = ["trimkv", "global", "layer", "streaming", "keydiff", "random"]
+    assert set(POLICIES) == {*exported, "full", "h2o", "snapkv", "r-kv", "tova"}
+    assert [name for name, policy in POLICIES.items() if policy.exports] == exported
+    assert [name for name, policy in POLICIES.items() if policy.pooled] == ["global", "layer"]
     assert all(policy.name == name for name, policy in POLICIES.items())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from trimkv_edge.budget import format_bytes, full_cache_bytes
 from trimkv_edge.cli.common import quiet_libraries, run_cli
+from trimkv_edge.errors import ConfigError
 
 if TYPE_CHECKING:
     from trimkv_edge.export.pipeline import ExportPlan, ExportRequest
@@ -22,11 +24,17 @@ examples:
   trimkv-export --model tiny -o artefacts/tiny            the small trained model that ships with the package
   trimkv-export --model qwen3-4b --weights ./Qwen3-4B --gates gates.safetensors --budget 1024
   trimkv-export --model tiny --budget 2MB --dry-run       what would it cost?
+  trimkv-export --model tiny --policy global --budget 128 one budget for all layers and heads; caps found on the way
+  trimkv-export --model tiny --policy global --caps caps.json     caps that trimkv-calibrate found
 
 The budget is what each KV head keeps: 512 is 512 entries per head, 64MB is the whole cache, ring buffer included
 (binary units: 64 MiB).
 Between eviction events up to --buffer new tokens are held beside them, so a head never holds more than
 budget + buffer entries, however long the stream is. --buffer 128 makes eviction nearly free; smaller is tighter.
+
+With --policy global all layers and heads share one budget (N entries per head on average; with layer, those of each
+layer): useful heads hold more. Exported graphs are static, so each head has a cap, found by calibration: by this
+command on sample text, or by trimkv-calibrate on yours. A budget in bytes is what the cache with its caps may take.
 
 The export ends with a check: the artefact must keep the same entries and choose the same tokens as the eager model
 over a stream with at least five eviction events. If it does not, nothing is written.
@@ -51,13 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, metavar="DIR", help="artefact folder to make (default: artefacts/NAME)")
     add(
         "--budget",
-        default="512",
         metavar="N|SIZE",
-        help="entries per KV head, or bytes of the whole cache (64MB); default 512",
+        help="entries per KV head, or bytes of the whole cache (64MB); default 512, or what --caps were made for",
     )
-    add(
-        "--buffer", type=int, default=128, metavar="B", help="ring buffer: tokens between eviction events (default 128)"
-    )
+    add("--buffer", type=int, metavar="B", help="ring buffer: tokens between eviction events (default 128)")
     add(
         "--prefill-chunk",
         type=int,
@@ -67,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--policy",
         default="trimkv",
-        help="eviction policy: trimkv (default: gates, per head), streaming, keydiff or random (these need no gates)",
+        help="eviction policy: trimkv (default: gates, per head), global (gates, one budget for all), layer (one for "
+        "each layer), streaming, keydiff or random (these need no gates)",
     )
     add(
         "--sinks",
@@ -75,7 +81,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="first tokens of the stream that never leave (default 0; with --policy streaming 4, as published)",
     )
-    add("--recent", type=int, default=0, metavar="N", help="newest tokens that never leave (default 0)")
+    add("--recent", type=int, metavar="N", help="newest tokens that never leave (default 0)")
+    add("--caps", metavar="auto|FILE", help="shared budgets: most entries of each head (default auto: calibrate now)")
+    add(
+        "--min-per-head",
+        type=int,
+        metavar="N",
+        help="shared budgets: entries that each head may always keep (default 0)",
+    )
+    add(
+        "--threshold",
+        type=float,
+        metavar="ALPHA",
+        help="shared budgets: entries whose retention is below this leave even if there is room; needs --budget",
+    )
     add("--target", nargs="+", default=["executorch", "onnx"], metavar="T", help="executorch, onnx (default: both)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")
     add(
@@ -130,8 +149,11 @@ def _export(args: argparse.Namespace) -> None:
 
     def report(line: str) -> None:
         nonlocal step
+        if line.startswith(" "):  # a detail of the step
+            print(f"     {line}", flush=True)
+            return
         step += 1
-        steps = 1 + 2 * len(plan.ops)
+        steps = 1 + 2 * len(plan.ops) + (plan.request.caps == "auto")
         print(f"[{step}/{steps}] {line}", flush=True)
 
     with tqdm(total=0, unit="tok", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -148,20 +170,29 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:
+    from trimkv_edge.caps import load_calibration
     from trimkv_edge.eviction import find_policy
     from trimkv_edge.export.pipeline import ExportRequest
 
     name = Path(args.model).name or "model"
-    chunk = min(128, args.buffer) if args.prefill_chunk is None else args.prefill_chunk
+    made: dict[str, Any] = {}
+    if args.caps is not None and args.caps != "auto":
+        made = asdict(load_calibration(Path(args.caps)).cache)
+    elif args.threshold and args.budget is None:
+        raise ConfigError("--threshold without a ceiling: say how much the cache may hold with --budget")
+    buffer = _first(args.buffer, made.get("buffer"), 128)
     return ExportRequest(
         model=args.model,
         output=args.output or Path("artefacts") / name,
-        budget=args.budget,
-        buffer=args.buffer,
-        prefill_chunk=chunk,
+        budget=str(_first(args.budget, made.get("budget"), 512)),
+        buffer=buffer,
+        prefill_chunk=_first(args.prefill_chunk, made.get("prefill_chunk"), min(128, buffer)),
         policy=args.policy,
-        sinks=find_policy(args.policy).sinks if args.sinks is None else args.sinks,
-        recent=args.recent,
+        sinks=_first(args.sinks, made.get("sinks"), find_policy(args.policy).sinks),
+        recent=_first(args.recent, made.get("recent"), 0),
+        min_per_head=_first(args.min_per_head, made.get("min_per_head"), 0),
+        threshold=_first(args.threshold, made.get("threshold"), 0.0),
+        caps=args.caps,
         targets=tuple(dict.fromkeys(args.target)),
         ops=tuple(op for op in (args.executorch_ops, args.onnx_ops) if op is not None),
         gates=args.gates,
@@ -174,17 +205,26 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     )
 
 
+def _first(*choices: Any) -> Any:
+    """The first that was given."""
+    return next(choice for choice in choices if choice is not None)
+
+
 def describe_plan(plan: ExportPlan) -> list[str]:
     """The estimate that is printed before anything is built."""
     shape, config, memory = plan.shape, plan.config, plan.memory
     gates = "without gates" if plan.request.gates == "none" else "with gates"
     protected = "".join(f", {count} {what}" for what in ("sinks", "recent") if (count := getattr(config, what)))
+    if config.min_per_head:
+        protected += f", at least {config.min_per_head} per head"
+    if config.threshold:
+        protected += f", retention of {config.threshold:g} or more"
     at_32k = full_cache_bytes(shape, 32768, plan.request.dtype)
     return [
         f"model     {plan.source.name} ({plan.source.origin}): {shape.parameters / 1e6:.1f} M parameters {gates}, "
         f"{shape.num_layers} layers x {shape.num_kv_heads} KV heads x {shape.head_dim}",
         f"cache     {format_bytes(memory.cache)} for ever: {config.budget} kept + {config.buffer} new entries per head "
-        f"(a full cache at 32k tokens: {format_bytes(at_32k)})",
+        f"{_sharing(plan)}(a full cache at 32k tokens: {format_bytes(at_32k)})",
         f"policy    {config.policy}{protected}",
         f"gates     {_describe_gates(*plan.gates)}",
         f"to run    {format_bytes(memory.peak)}: weights {format_bytes(memory.weights)}, cache, "
@@ -192,6 +232,13 @@ def describe_plan(plan: ExportPlan) -> list[str]:
         f"to export about {format_bytes(plan.export_peak)} of memory; targets: "
         + ", ".join(f"{name} ({ops})" for name, ops in plan.ops.items()),
     ]
+
+
+def _sharing(plan: ExportPlan) -> str:
+    if plan.config.caps is not None:
+        every = [cap for heads in plan.config.caps for cap in heads]
+        return f"on average, caps of {min(every)} to {max(every)} for a head "
+    return "on average, and what the caps need beside, found by calibration " if plan.request.caps else ""
 
 
 def _describe_gates(kind: str, path: Path | None) -> str:
@@ -204,6 +251,8 @@ def _describe_gates(kind: str, path: Path | None) -> str:
 def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[str]:
     """What was made, how well it agrees with eager, and how to run it."""
     lines = [f"made      {output} in {seconds:.0f} s"]
+    if manifest.cache.caps is not None:
+        lines.append(f"cache     {format_bytes(manifest.bytes.cache)} with caps for {manifest.cache.budget} per head")
     for name, target in manifest.targets.items():
         size = sum(manifest.files[file].bytes for file in target.files.values())
         parity = target.parity

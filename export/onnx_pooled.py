@@ -1,0 +1,134 @@
+"""The ONNX form of a budget that heads share: each head has its own tensor of cap + B slots, and its own length.
+
+State tensors of ``decoder.onnx`` and ``evict.onnx``, beside what :mod:`trimkv_edge.export.onnx` says:
+
+================ ==================================== =========================================================
+``{i}.{h}.key``  float32 ``[1, 1, cap + B, head_dim]`` decoder; head h of layer i, after RoPE; ``.value`` alike
+``{i}.key``      float32 ``[slots, head_dim]``         evict; the same memory, the layer's heads back to back
+``log_beta``     float32 ``[rows, W]``                 W = largest cap + B, row = layer * kv_heads + head
+``positions``    int64 ``[rows, W - B]``               of kept entries, evict only
+``lengths``      int64 ``[rows]``                      entries that each head kept; the decoder reads them
+================ ==================================== =========================================================
+
+``live_length`` counts the ring: tokens since the last event. A head's new entries lie behind its kept ones.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.onnx import ops as onnx_ops
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.export.onnx_attention import MASKED
+
+
+class PooledAttention:
+    """Base of both backends; appends a chunk behind each head's live entries and attends, one head at a time.
+
+    Args:
+        keys, values: per row (layer * kv_heads + head), float32 ``[1, 1, cap + B, head_dim]``.
+        lengths: int64 ``[rows]``; live: int64 ``[1]``, filled slots of the ring.
+        count: T, tokens of the chunk (symbolic while tracing).
+        heads: KV heads of a layer.
+    """
+
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, live: Tensor, count: int, heads: int
+    ) -> None:
+        self.keys, self.values, self.heads = list(keys), list(values), heads
+        self.log_betas: list[Tensor] = []
+        self._count = count
+        self._held = lengths + live
+
+    def retain(self, layer: int, log_beta: Tensor) -> None:
+        """Takes the chunk's log-betas, float32 ``[1, T, kv_heads]``; layers come in order."""
+        self.log_betas.append(log_beta)
+
+    def write_log_betas(self, table: Tensor) -> Tensor:
+        """The table ``[rows, W]`` with the chunk's log-betas of all layers."""
+        rows, count = table.shape[0], self._count
+        slot = self._held.unsqueeze(1) + torch.arange(count, dtype=torch.int64)
+        row = torch.arange(rows, dtype=torch.int64).unsqueeze(1).expand(rows, count)
+        new = torch.cat(self.log_betas, dim=-1)[0].transpose(0, 1)
+        where = torch.stack([row, slot], dim=-1)
+        return onnx_ops.symbolic("ScatterND", (table, where, new), dtype=table.dtype, shape=table.shape, version=18)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
+        batch, heads, count, width = query.shape
+        packed = [x.transpose(1, 2).reshape(batch, count, -1) for x in (query, key, value)]
+        parts = [x.split(x.shape[2] // self.heads, dim=2) for x in packed]
+        outputs = [
+            self._head(layer * self.heads + head, *(part[head] for part in parts), scale=scale)
+            for head in range(self.heads)
+        ]
+        return torch.cat(outputs, dim=2).view(batch, count, heads, width)
+
+    @abstractmethod
+    def _head(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One KV head: query ``[1, T, group * head_dim]``, key and value ``[1, T, head_dim]`` -> as query."""
+
+
+class PooledGroupQueryAttention(PooledAttention):
+    """One ``com.microsoft::GroupQueryAttention`` per head: reads that head's live entries only, no mask."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        last, total = self._held + (self._count - 1), self._held + self._count
+        self._last, self._total = (table.to(torch.int32).split(1) for table in (last, total))
+
+    def _head(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        past_key, past_value = self.keys[row], self.values[row]
+        attributes: dict[str, Any] = dict(
+            num_heads=query.shape[2] // key.shape[2], kv_num_heads=1, scale=float(scale), do_rotary=0
+        )
+        out, self.keys[row], self.values[row] = onnx_ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (query, key, value, past_key, past_value, self._last[row], self._total[row]),
+            attributes,
+            dtypes=(torch.float32,) * 3,
+            shapes=(query.shape, past_key.shape, past_value.shape),
+            version=1,
+        )
+        return out
+
+
+class PooledStandardAttention(PooledAttention):
+    """Only operators of the ONNX domain: ScatterND into the head's tensor, masked attention over its slots."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._slots = self._held.unsqueeze(1) + torch.arange(self._count, dtype=torch.int64)
+
+    def _head(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        count, width = self._count, key.shape[2]
+        slots = self._slots[row]
+        zero = torch.zeros_like(slots)
+        where = torch.stack([zero, zero, slots], dim=-1)
+        keys = self.keys[row] = self._write(self.keys[row], where, key[0])
+        values = self.values[row] = self._write(self.values[row], where, value[0])
+        visible = torch.arange(keys.shape[2], dtype=torch.int64) <= slots.unsqueeze(1)
+        bias = torch.where(visible, 0.0, MASKED)
+        grouped = (query * scale).view(1, count, -1, width).transpose(1, 2)
+        weights = torch.softmax(grouped @ keys.transpose(2, 3) + bias, dim=-1)
+        return (weights @ values).transpose(1, 2).reshape(1, count, -1)
+
+    @staticmethod
+    def _write(past: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+        return onnx_ops.symbolic("ScatterND", (past, where, rows), dtype=past.dtype, shape=past.shape, version=18)
+
+
+POOLED_BACKENDS: dict[str, type[PooledAttention]] = {
+    "gqa": PooledGroupQueryAttention,
+    "standard": PooledStandardAttention,
+}
+
+
+def table_width(config: CacheConfig) -> int:
+    """Columns W of the log-beta table: slots of the head with the largest cap."""
+    assert config.caps is not None
+    return max(max(heads) for heads in config.caps) + config.buffer
