@@ -28,8 +28,10 @@ examples:
   trimkv-eval -o results/tiny --against-all trimkv:rg10         against the best baseline and the full cache
   trimkv-eval -o results/tiny --compare trimkv:rg10 snapkv      paired differences, with intervals
 
-A method is a policy, or policy:gates (rg, rg10 or a gate file). All methods read the same streams with the same
-buffer; a head never holds more than budget + buffer entries. A share (12.5%) is of the stream's length, rounded up to a
+A method is a policy, or policy:gates (rg, rg10 or a gate file). Policies global and layer, whose heads share a budget,
+take :min-per-head=N (or a share of the budget) and :threshold=ALPHA, as in global:rg10:min-per-head=25%. All methods
+read the same streams with the same buffer; they never hold more than budget + buffer entries per head (on average where
+heads share a budget). A share of 12.5% is of the stream's length, rounded up to a
 multiple of 8. Finished cells are kept in RESULTS/cells.jsonl: an interrupted sweep goes on where it stopped.
 """
 _METHODS = ["full", "trimkv", "streaming", "h2o", "snapkv", "keydiff", "r-kv", "tova", "random"]
@@ -62,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep("--buffer", type=int, default=32, metavar="B", help="new tokens between eviction events (default 32)")
     sweep("--samples", type=int, default=32, metavar="N", help="streams per task and length (default 32)")
     sweep("--seed", type=int, default=0, help="of the streams")
-    sweep("--lookahead", type=int, default=1, metavar="K", help="look-ahead of the trimkv score (default 1)")
+    sweep("--lookahead", type=int, default=1, metavar="K", help="look-ahead of scores by retention (default 1)")
     sweep("--text", nargs="+", type=Path, metavar="FILE", help="filler text (default: Python's standard library)")
     sweep("--batch", type=int, default=16, metavar="N", help="streams at once in the eager engine (default 16)")
     sweep("--threads", type=int, metavar="N", help="threads (default: the engine's choice)")

@@ -30,7 +30,7 @@ examples:
   artefact=DIR   what trimkv-export made; engine=onnx|executorch, threads=N
   model=NAME     a known name, a hub id or a folder, in the eager engine; weights=DIR, gates=KIND|HUB-ID|DIR|FILE,
                  rope=, policy=, budget=N|SIZE (512), buffer=N (128), prefill_chunk=N, sinks=N, recent=N, lookahead=N,
-                 threads=N
+                 min_per_head=N, threshold=ALPHA (policies global and layer), threads=N
   both           seed=N (0) of sampling, enable_thinking=true|false for chat templates that know it
 
 Contexts are never truncated: a stream of any length is read in chunks, and the policy decides what stays.

@@ -22,7 +22,7 @@ from trimkv_edge.policies.base import MASS, WINDOW
 from trimkv_edge.runtime.sampling import SamplingParams
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_WHOLE = ("threads", "buffer", "prefill_chunk", "sinks", "recent", "lookahead")
+_WHOLE = ("threads", "buffer", "prefill_chunk", "sinks", "recent", "lookahead", "min_per_head")
 _LONG = 2048  # tokens of a prompt that gets a progress bar of its own
 
 Tokens = list[int]

@@ -96,6 +96,8 @@ def open_model(
     sinks: int | None = None,
     recent: int = 0,
     lookahead: int = 1,
+    min_per_head: int = 0,
+    threshold: float = 0.0,
     threads: int | None = None,
 ) -> TextModel:
     """A model in the eager engine, with any policy.
@@ -106,6 +108,7 @@ def open_model(
         gates: ``auto`` (the model's own), a kind, a hub id, a folder or a file; ``none`` or None for no gates.
         budget: entries per KV head, or bytes of the whole cache (``64MB``); the full cache needs the stream's length.
         sinks: first tokens that never leave; default 0, 4 with ``streaming``.
+        min_per_head, threshold: of budgets that heads share, see :class:`~trimkv_edge.config.CacheConfig`.
         threads: of torch.
 
     Raises:
@@ -134,6 +137,8 @@ def open_model(
         sinks=rule.sinks if sinks is None else sinks,
         recent=recent,
         lookahead=lookahead,
+        min_per_head=min_per_head,
+        threshold=float(threshold),
     )
     loaded = load_model(source, chosen, rope)
     engine = eager_engine(loaded.model, config, loaded.rope.position_limit)
