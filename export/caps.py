@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from trimkv_edge.budget import ModelShape, cache_bytes, parse_size
+from trimkv_edge.budget import ModelShape, cache_bytes, format_bytes, parse_size
 from trimkv_edge.caps import Calibration, load_calibration
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import BudgetError, ConfigError
@@ -16,6 +16,7 @@ from trimkv_edge.models.source import ModelSource
 
 AUTO = "auto"
 _TRIES = 6
+_RANDOM_TARGET = 0.9
 
 
 def caps_from_file(path: Path, config: CacheConfig, source: ModelSource) -> Calibration:
@@ -55,21 +56,31 @@ def calibrate_within(
     source: ModelSource,
     shape: ModelShape,
     config: CacheConfig,
+    *,
     budget: str,
+    target: float | None,
     report: Callable[[str], None],
 ) -> Calibration:
     """Calibrates on the shipped sample; a budget given in bytes is what the static cache may take, so the number of
     entries is lowered until it fits.
+
+    Args:
+        target: share of the exact policy's survivors to keep; None is 99 %, and 90 % for random weights, whose heads
+            hold now this and now that.
 
     Raises:
         BudgetError: the bytes do not hold a cache of this model.
         ConfigError: the calibration failed.
     """
     from trimkv_edge.calibration.calibrate import calibrate_sample
+    from trimkv_edge.calibration.request import TARGET, check_request
 
+    if target is None:
+        target = _RANDOM_TARGET if source.random_weights else TARGET
+    check_request(config, target, "float32")
     limit = parse_size(budget)
     for _ in range(_TRIES):
-        found = calibrate_sample(loaded, source, config, report=report)
+        found = calibrate_sample(loaded, source, config, target=target, report=report)
         needed = cache_bytes(shape, found.cache, "float32")
         if limit is None or needed <= limit:
             return found
@@ -77,7 +88,10 @@ def calibrate_within(
         entries = int(config.budget * limit / needed * 0.98) // 8 * 8
         if entries < max(config.prefill_chunk, config.min_per_head, config.sinks + config.recent, 8):
             break
-        report(f"caps need {needed} bytes of {limit}: trying {entries} entries per head instead of {config.budget}")
+        report(
+            f"caps need {format_bytes(needed)} of {format_bytes(limit)}: trying {entries} entries per head instead of "
+            f"{config.budget}"
+        )
         config = replace(config, budget=entries)
     raise BudgetError(
         f"no shared budget fits {budget} with a buffer of {config.buffer}: raise --budget or lower --buffer"

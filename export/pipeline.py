@@ -50,6 +50,7 @@ class ExportRequest:
     min_per_head: int = 0
     threshold: float = 0.0
     caps: str | None = None
+    caps_target: float | None = None
     targets: tuple[str, ...] = ("executorch", "onnx")
     ops: tuple[str, ...] = ()
     gates: str | None = None
@@ -124,13 +125,15 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     if policy.pooled:
         request = replace(request, caps=request.caps or AUTO)
         if request.caps != AUTO:
+            if request.caps_target is not None:
+                raise ConfigError("--caps-target is for caps that the export calibrates: leave it out with --caps FILE")
             path = Path(request.caps or "")
             if parse_size(request.budget) is not None:  # the bytes are a limit, the entries come with the caps
                 cache = replace(cache, budget=load_calibration(path).cache.budget)
             calibration = caps_from_file(path, cache, source)
             cache = calibration.cache
             check_budget(cache, shape, request.dtype, request.budget)
-    elif request.caps is not None:
+    elif request.caps is not None or request.caps_target is not None:
         pooled = ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
         raise ConfigError(f"--caps is for policies whose heads share a budget ({pooled}), not for {request.policy}")
     if calibration or not policy.pooled:
@@ -199,7 +202,13 @@ def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPl
     if calibration is None:
         report(f"calibrating caps for a budget of {plan.config.budget} entries per head that all share")
         calibration = calibrate_within(
-            loaded, plan.source, plan.shape, plan.config, request.budget, lambda line: report(f"  {line}")
+            loaded,
+            plan.source,
+            plan.shape,
+            plan.config,
+            budget=request.budget,
+            target=request.caps_target,
+            report=lambda line: report(f"  {line}"),
         )
     check_gates(calibration, loaded)
     config = calibration.cache

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from trimkv_edge.budget import ModelShape, cache_bytes, check_fits, format_bytes
 from trimkv_edge.caps import CAPS_FILE, Calibration
-from trimkv_edge.cli.common import quiet_libraries, run_cli
+from trimkv_edge.cli.common import parse_share, quiet_libraries, run_cli
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, TrimKVError
 
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     quiet_libraries()
-    config, target = _config(args), _share(args.target)
+    config, target = _config(args), parse_share(args.target, "--target")
     heat_map = _heat_map(args)
     for path in (args.output, heat_map):
         if path is not None and path.is_dir():
@@ -209,14 +209,6 @@ def _config(args: argparse.Namespace) -> CacheConfig:
         min_per_head=args.min_per_head,
         threshold=args.threshold,
     )
-
-
-def _share(text: str) -> float:
-    """``99%`` or ``0.99``."""
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise ConfigError(f"--target {text!r} is not a share: give one like 99% or 0.99") from error
 
 
 def _heat_map(args: argparse.Namespace) -> Path | None:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from trimkv_edge.errors import TrimKVError
+from trimkv_edge.errors import ConfigError, TrimKVError
 
 DEBUG_VARIABLE = "TRIMKV_DEBUG"
 EXIT_ERROR = 2  # the input or the machine: the user can act on it (argparse uses it too)
@@ -69,3 +69,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in ("torch", "torch.utils._pytree", "torchao", "transformers", "executorch", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parse_share(text: str, option: str) -> float:
+    """``99%`` or ``0.99``.
+
+    Raises:
+        ConfigError: no number; whether it is in range is for who uses it.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is not a share: give one like 99% or 0.99") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from trimkv_edge.budget import format_bytes, full_cache_bytes
-from trimkv_edge.cli.common import quiet_libraries, run_cli
+from trimkv_edge.cli.common import parse_share, quiet_libraries, run_cli
 from trimkv_edge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -193,6 +193,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         min_per_head=_first(args.min_per_head, made.get("min_per_head"), 0),
         threshold=_first(args.threshold, made.get("threshold"), 0.0),
         caps=args.caps,
+        caps_target=None if args.caps_target is None else parse_share(args.caps_target, "--caps-target"),
         targets=tuple(dict.fromkeys(args.target)),
         ops=tuple(op for op in (args.executorch_ops, args.onnx_ops) if op is not None),
         gates=args.gates,
