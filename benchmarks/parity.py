@@ -2,10 +2,11 @@
 
     python benchmarks/parity.py               # about 15 minutes
 
-``tiny`` with both gate kinds, and small random Phi-3, Qwen3 and Llama models with both operator sets. The oracle keeps
-Python lists and attends in float64 (``tests/oracle_model.py``). Two entries at the edge of the budget whose scores
-agree to 2e-5 relatively cannot be ranked in float32; if an engine swaps such a pair it is counted as undecidable, as in
-the verification of exports, and the engine goes on from the eager state.
+``tiny`` with both gate kinds, and small random Phi-3, Qwen3 and Llama models with both operator sets; budgets for each
+head, and shared ones with calibrated caps. The oracle keeps Python lists and attends in float64
+(``tests/oracle_model.py``). Two entries at the edge of the budget whose scores agree to 2e-5 relatively cannot be ranked
+in float32; if an engine swaps such a pair it is counted as undecidable, as in the verification of exports, and the
+engine goes on from the eager state.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ CASES = {
     "random llama": dict(case="llama-gqa", gates="rg10"),
     "random phi3": dict(case="phi3-mha", gates="rg"),
     "random phi3 longrope": dict(case="phi3-longrope", gates="rg10"),
+    "tiny global": dict(model="tiny", gates="rg10", policy="global"),
+    "tiny layer, floor": dict(model="tiny", gates="rg10", policy="layer", min_per_head=24),
+    "random qwen3 global": dict(case="qwen3-gqa", gates="rg10", policy="global"),
+    "random phi3 global": dict(case="phi3-mha", gates="rg10", policy="global"),
 }
 OPS = {"fast": ("xnnpack", "gqa"), "portable": ("portable", "standard")}
 
@@ -54,17 +59,15 @@ def run_case(name: str, settings: dict[str, Any], ops: str, tokens: int) -> dict
     """Half of the stream in odd chunks, half decoded greedily; all four side by side."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        request: dict[str, Any] = dict(budget="96", buffer=64, prefill_chunk=64, ops=OPS[ops], gates=settings["gates"])
-        if "case" in settings:
-            base_config(settings["case"]).save_pretrained(work / "model")
+        request: dict[str, Any] = dict(budget="96", buffer=64, prefill_chunk=64, ops=OPS[ops], **settings)
+        if case := request.pop("case", None):
+            base_config(case).save_pretrained(work / "model")
             request.update(model=str(work / "model"), random_weights=True)
-        else:
-            request.update(model=settings["model"])
         plan = plan_export(ExportRequest(output=work / "artefact", **request))
-        run_export(plan, lambda line: None)
+        config = run_export(plan, lambda line: None).cache
         loaded = load_model(plan.source, settings["gates"])
-        eager = eager_engine(loaded.model, plan.config)
-        oracle = OracleModel(loaded.model, plan.config)
+        eager = eager_engine(loaded.model, config)
+        oracle = OracleModel(loaded.model, config)
         engines = {engine: open_engine(work / "artefact", engine, 1) for engine in ("executorch", "onnx")}
         text = sample(work / "artefact", eager, tokens // 2)
         return {"case": name, "ops": ops, **compare_all(eager, oracle, engines, text, tokens)}
@@ -91,7 +94,7 @@ def compare_all(
             before = eager.state()
             eager.evict()
             events += 1
-            held = {"oracle": np.array(oracle.positions())}
+            held = {"oracle": oracle.positions()}
             for who, engine in engines.items():
                 engine.evict()
                 held[who] = engine.survivors()

@@ -19,7 +19,15 @@ class OracleModel:
         shape = model.config
         self.rows = (shape.num_hidden_layers, shape.num_key_value_heads)
         self.cache = OracleCache(
-            *self.rows, budget=config.budget, buffer=config.buffer, sinks=config.sinks, recent=config.recent
+            *self.rows,
+            budget=config.budget,
+            buffer=config.buffer,
+            sinks=config.sinks,
+            recent=config.recent,
+            policy=config.policy,
+            min_per_head=config.min_per_head,
+            threshold=config.threshold,
+            caps=config.caps,
         )
         self.seen = 0
         self._log_beta: dict[int, Tensor] = {}
@@ -33,9 +41,13 @@ class OracleModel:
         self.cache.end_step(self.seen)
         return logits[0, -1].numpy()
 
-    def positions(self) -> list[list[list[int]]]:
-        """Positions held, per layer and head, oldest first."""
-        return [[self.cache.positions(layer, head) for head in range(self.rows[1])] for layer in range(self.rows[0])]
+    def positions(self) -> np.ndarray:
+        """Positions held, ``[layers, kv_heads, most]``, oldest first; -1 behind a head's last."""
+        held = {where: self.cache.positions(*where) for where in np.ndindex(self.rows)}
+        table = np.full((*self.rows, max(map(len, held.values()))), -1)
+        for where, positions in held.items():
+            table[where][: len(positions)] = positions
+        return table
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
         self._log_beta[layer] = log_beta[0]
