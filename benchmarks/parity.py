@@ -4,9 +4,9 @@
 
 ``tiny`` with both gate kinds, and small random Phi-3, Qwen3 and Llama models with both operator sets; budgets for each
 head, and shared ones with calibrated caps. The oracle keeps Python lists and attends in float64
-(``tests/oracle_model.py``). Two entries at the edge of the budget whose scores agree to 2e-5 relatively cannot be ranked
-in float32; if an engine swaps such a pair it is counted as undecidable, as in the verification of exports, and the
-engine goes on from the eager state.
+(``tests/oracle_model.py``). Two entries at the edge of the budget whose scores agree to 2e-5 relatively cannot be
+ranked in float32; if an engine swaps such a pair it is counted as undecidable, as in the verification of exports, and
+the engine goes on from the eager state.
 """
 
 from __future__ import annotations

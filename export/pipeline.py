@@ -16,6 +16,7 @@ from trimkv_edge.budget import (
     parse_budget,
     parse_size,
 )
+from trimkv_edge.calibration.request import check_request
 from trimkv_edge.caps import CAPS_FILE, Calibration, load_calibration
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
@@ -133,6 +134,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
             calibration = caps_from_file(path, cache, source)
             cache = calibration.cache
             check_budget(cache, shape, request.dtype, request.budget)
+        elif request.caps_target is not None:
+            check_request(cache, request.caps_target, request.dtype)
     elif request.caps is not None or request.caps_target is not None:
         pooled = ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
         raise ConfigError(f"--caps is for policies whose heads share a budget ({pooled}), not for {request.policy}")

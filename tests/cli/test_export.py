@@ -64,6 +64,13 @@ def test_streaming_has_the_published_sinks_unless_told(model: Path, tmp_path: Pa
         (["--seed", "-1"], "seed is -1"),
         (["--policy", "h2o"], "export one of trimkv, global, layer, streaming, keydiff, random"),
         (["--gates", "none"], "policy trimkv ranks by retention gates"),
+        (["--policy", "global", "--threshold", "0.1"], "say how much the cache may hold with --budget"),
+        (["--policy", "global", "--min-per-head", "600"], "min per head 600 needs more entries than the budget of 512"),
+        (["--policy", "global", "--caps", "none.json"], "none.json does not exist: make it with trimkv-calibrate"),
+        (["--policy", "global", "--caps-target", "lots"], "--caps-target 'lots' is not a share"),
+        (["--policy", "global", "--caps-target", "150%"], "target is 1.5"),
+        (["--caps", "auto"], "--caps is for policies whose heads share a budget (global, layer), not for trimkv"),
+        (["--min-per-head", "4"], "share a budget (global, layer), not for trimkv"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -113,7 +113,7 @@ def test_caps_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"made for other weights \(tiny\)"):
         plan_export(request(tmp_path, write(tmp_path / "b.json", weights_sha256="77")))
     plan = plan_export(request(tmp_path, write(tmp_path / "c.json"), gates="rg"))
-    with pytest.raises(ConfigError, match="made with other gates than .*rg.safetensors"):
+    with pytest.raises(ConfigError, match=r"made with other gates than .*rg\.safetensors"):
         run_export(plan, lambda line: None)
     assert not (tmp_path / "out").exists()
 

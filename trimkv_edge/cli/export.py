@@ -71,7 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--policy",
-        default="trimkv",
         help="eviction policy: trimkv (default: gates, per head), global (gates, one budget for all), layer (one for "
         "each layer), streaming, keydiff or random (these need no gates)",
     )
@@ -83,6 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--recent", type=int, metavar="N", help="newest tokens that never leave (default 0)")
     add("--caps", metavar="auto|FILE", help="shared budgets: most entries of each head (default auto: calibrate now)")
+    add(
+        "--caps-target",
+        metavar="SHARE",
+        help="with --caps auto: survivors of the exact policy to keep (default 99%%; 90%% with random weights)",
+    )
     add(
         "--min-per-head",
         type=int,
@@ -181,14 +185,15 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     elif args.threshold and args.budget is None:
         raise ConfigError("--threshold without a ceiling: say how much the cache may hold with --budget")
     buffer = _first(args.buffer, made.get("buffer"), 128)
+    policy = _first(args.policy, made.get("policy"), "trimkv")
     return ExportRequest(
         model=args.model,
         output=args.output or Path("artefacts") / name,
         budget=str(_first(args.budget, made.get("budget"), 512)),
         buffer=buffer,
         prefill_chunk=_first(args.prefill_chunk, made.get("prefill_chunk"), min(128, buffer)),
-        policy=args.policy,
-        sinks=_first(args.sinks, made.get("sinks"), find_policy(args.policy).sinks),
+        policy=policy,
+        sinks=_first(args.sinks, made.get("sinks"), find_policy(policy).sinks),
         recent=_first(args.recent, made.get("recent"), 0),
         min_per_head=_first(args.min_per_head, made.get("min_per_head"), 0),
         threshold=_first(args.threshold, made.get("threshold"), 0.0),
