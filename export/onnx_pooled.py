@@ -61,10 +61,10 @@ class PooledAttention:
         """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
         batch, heads, count, width = query.shape
         packed = [x.transpose(1, 2).reshape(batch, count, -1) for x in (query, key, value)]
-        parts = [x.split(x.shape[2] // self.heads, dim=2) for x in packed]
+        queries, keys, values = (x.split(x.shape[2] // self.heads, dim=2) for x in packed)
+        first = layer * self.heads
         outputs = [
-            self._head(layer * self.heads + head, *(part[head] for part in parts), scale=scale)
-            for head in range(self.heads)
+            self._head(first + head, queries[head], keys[head], values[head], scale) for head in range(self.heads)
         ]
         return torch.cat(outputs, dim=2).view(batch, count, heads, width)
 

@@ -201,7 +201,7 @@ def _scores(state: CacheState, config: CacheConfig) -> dict[Key, float]:
     entries = Entries(log_beta, positions, state.seen, layers, heads, key_score=score(key) if score else None)
     table = score_entries(entries, config).view(layers, heads, -1).tolist()
     return {
-        (layer, head, position): table[layer][head][slot]
+        (layer, head, int(position)): table[layer][head][slot]
         for (layer, head, slot), position in np.ndenumerate(state.positions)
     }
 
