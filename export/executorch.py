@@ -10,8 +10,10 @@
 ``write_state``   start, as read                                               replaces it
 ================= ============================================================ =======================================
 
-T is the only dynamic size. All methods that a runner uses must be loaded before the first runs. Facts about the model
-are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids``, ...) and ``get_trimkv_*``.
+T is the only dynamic size. Where heads share a budget, ``live`` counts the tokens since the last event and some methods
+differ, see :mod:`trimkv_edge.export.executorch_pooled`. All methods that a runner uses must be loaded before the first
+runs. Facts about the model are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids``, ...) and
+``get_trimkv_*``.
 """
 
 from __future__ import annotations
@@ -23,23 +25,40 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram, export
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.export.executorch_attention import CacheMethod, Forward
+from trimkv_edge.eviction import policy_of, require_exportable
+from trimkv_edge.export.executorch_attention import CacheMethod, Forward, LlamaStep, PortableStep, Step
 from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, PortableCache
 from trimkv_edge.export.executorch_check import check_program
+from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
+from trimkv_edge.export.executorch_pooled_attention import PooledLlamaStep, PooledPortableStep
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.policies.base import MODEL
 
 PROGRAM = "model.pte"
-CACHES: dict[str, type[ExportCache]] = {"xnnpack": LlamaCache, "portable": PortableCache}
+
+
+class Form(NamedTuple):
+    """The buffers of a program, and the step of its ``forward``: ``(cache, live or fill, T)``."""
+
+    cache: Callable[[CacheConfig, int, int, int], ExportCache | PooledExportCache]
+    step: Callable[[Any, Tensor, int], Step]
+
+
+# By operator set: a budget for each head, and one that heads share.
+FORMS = {
+    "xnnpack": (Form(LlamaCache, LlamaStep), Form(PooledLlamaCache, PooledLlamaStep)),
+    "portable": (Form(PortableCache, PortableStep), Form(PooledPortableCache, PooledPortableStep)),
+}
 
 
 def export_executorch(
@@ -86,10 +105,9 @@ def build_program(
     progress: Callable[[str], None] | None = None,
 ) -> Any:
     """The program before it is saved, an ``ExecutorchProgramManager``; arguments as for :func:`export_executorch`."""
-    if ops not in CACHES:
-        raise ConfigError(f"executorch operators {ops!r} are not known; use one of {', '.join(CACHES)}")
-    if config.lookahead != 1:
-        raise ConfigError(f"lookahead {config.lookahead} cannot be exported to executorch yet: use lookahead 1")
+    if ops not in FORMS:
+        raise ConfigError(f"executorch operators {ops!r} are not known; use one of {', '.join(FORMS)}")
+    require_exportable(config, model.config.num_hidden_layers, model.config.num_key_value_heads)
     with _quiet():
         program = _lower(model, config, ops, metadata or {}, progress or (lambda _: None))
     check_program(program, ops)
@@ -105,9 +123,10 @@ def _lower(
     if ops == "xnnpack":
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the operators)
     shape = model.config
-    cache = CACHES[ops](config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
+    form = FORMS[ops][config.caps is not None]
+    cache = form.cache(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
     say("executorch: graphs")
-    programs = trace_methods(model.eval(), cache)
+    programs = trace_methods(cache, Forward(model.eval(), cache, form.step))
     say("executorch: lowering")
     lowered = to_edge_transform_and_lower(
         programs,
@@ -140,37 +159,24 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace_methods(model: GatedModel, cache: ExportCache) -> dict[str, ExportedProgram]:
+def trace_methods(cache: ExportCache | PooledExportCache, forward: Forward) -> dict[str, ExportedProgram]:
     """``torch.export`` of every method over one cache."""
-    config = cache.config
+    most = cache.config.prefill_chunk
     number = torch.zeros(1, dtype=torch.int64)
-    chunk = min(config.prefill_chunk, 3)
-    tokens = {1: Dim("T", min=1, max=config.prefill_chunk)} if chunk > 1 else None
+    chunk = min(most, 3)
+    tokens = {1: Dim("T", min=1, max=most)} if chunk > 1 else None
     with torch.no_grad():
-        block = tuple(table.clone() for table in cache.read_state(number))
-        arguments: dict[str, tuple[Tensor, ...]] = {
-            "evict": (number,),
-            "reset": (),
-            "read_kept": (),
-            "write_kept": (cache.kept.clone(),),
-            "read_state": (number,),
-            "write_state": (number, *block),
-        }
         programs = {
             "forward": export(
-                Forward(model, cache),
+                forward,
                 (torch.zeros(1, chunk, dtype=torch.int64), number, number.clone()),
                 dynamic_shapes=(tokens, None, None),
                 strict=False,
             )
         }
-        for name, args in arguments.items():
-            programs[name] = export(_method(cache, name), args, strict=False)
+        for name, args in cache.examples().items():
+            programs[name] = export(CacheMethod(cache, name), args, strict=False)
     return programs
-
-
-def _method(cache: ExportCache, name: str) -> nn.Module:
-    return CacheMethod(cache, name)
 
 
 def partitioners(ops: str) -> list[Any]:
@@ -216,5 +222,18 @@ def _constants(model: GatedModel, config: CacheConfig, more: dict[str, int | lis
         "get_trimkv_prefill_chunk": config.prefill_chunk,
         "get_trimkv_sinks": config.sinks,
         "get_trimkv_recent": config.recent,
+        **_shared_budget(config),
         **more,
+    }
+
+
+def _shared_budget(config: CacheConfig) -> dict[str, Any]:
+    """What a runner has to know of a budget that heads share; nothing if each head has its own."""
+    if config.caps is None:
+        return {}
+    return {
+        "get_trimkv_caps": [cap for heads in config.caps for cap in heads],
+        "get_trimkv_min_per_head": config.min_per_head,
+        "get_trimkv_threshold": config.threshold,
+        "get_trimkv_pools": 1 if policy_of(config).scope == MODEL else len(config.caps),
     }

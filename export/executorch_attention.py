@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trimkv_edge.export.executorch_cache import MASKED, ExportCache, LlamaCache, PortableCache
+from trimkv_edge.export.executorch_cache import MASKED, LlamaCache, PortableCache
 from trimkv_edge.models.attention import AttentionBackend
 from trimkv_edge.models.gated import GatedModel, chunk_positions
 
 
-class _Step(AttentionBackend, Protocol):
+class Step(AttentionBackend, Protocol):
+    """One forward pass."""
+
     def finish(self) -> None:
         """Writes what was collected over the layers."""
 
@@ -98,21 +101,23 @@ class PortableStep:
 
 
 class Forward(nn.Module):
-    """``(input_ids int64 [1, T], position int64 [1], live int64 [1]) -> logits [1, 1, vocabulary]``."""
+    """``(input_ids int64 [1, T], position int64 [1], live int64 [1]) -> logits [1, 1, vocabulary]``.
 
-    def __init__(self, model: GatedModel, cache: ExportCache) -> None:
+    Args:
+        model: the decoder.
+        cache: the buffers.
+        make_step: ``(cache, live, T)`` -> what appends and attends.
+    """
+
+    def __init__(self, model: GatedModel, cache: nn.Module, make_step: Callable[[Any, Tensor, int], Step]) -> None:
         super().__init__()
         self.model = model
         self.cache = cache
+        self.make_step = make_step
 
     def forward(self, input_ids: Tensor, position: Tensor, live: Tensor) -> Tensor:
         count = input_ids.shape[1]
-        step: _Step
-        if isinstance(self.cache, LlamaCache):
-            step = LlamaStep(self.cache, live, count)
-        else:
-            assert isinstance(self.cache, PortableCache)
-            step = PortableStep(self.cache, live, count)
+        step = self.make_step(self.cache, live, count)
         logits = self.model(input_ids, chunk_positions(position, count), step)
         step.finish()
         return logits
@@ -121,7 +126,7 @@ class Forward(nn.Module):
 class CacheMethod(nn.Module):
     """One method of the cache as a program's entry point; the cache has the same name in all of them."""
 
-    def __init__(self, cache: ExportCache, name: str) -> None:
+    def __init__(self, cache: nn.Module, name: str) -> None:
         super().__init__()
         self.cache = cache
         self.name = name

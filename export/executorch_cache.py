@@ -56,6 +56,19 @@ class ExportCache(nn.Module):
         """Values of a layer, like :meth:`key`."""
         return self.get_buffer(f"value_{layer}")
 
+    def examples(self) -> dict[str, tuple[Tensor, ...]]:
+        """Arguments to trace each method with, ``forward`` aside."""
+        number = torch.zeros(1, dtype=torch.int64)
+        block = tuple(table.clone() for table in self.read_state(number))
+        return {
+            "evict": (number,),
+            "reset": (),
+            "read_kept": (),
+            "write_kept": (self.kept.clone(),),
+            "read_state": (number,),
+            "write_state": (number, *block),
+        }
+
     def evict(self, seen: Tensor) -> Tensor:
         """The eviction event; ``seen`` int64 ``[1]``. Returns it, since a method must return something."""
         budget = self.config.budget

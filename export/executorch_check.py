@@ -6,6 +6,7 @@ from collections import Counter
 from importlib.resources import files
 from typing import Any
 
+import torch
 import yaml
 from torch.fx import Node
 
@@ -48,7 +49,7 @@ def check_program(program: Any, ops: str) -> None:
             if name.startswith(("aten::copy_", "aten::index_put", "aten::copy"))
         ]
         for node in program.exported_program("forward").graph_module.graph.nodes:
-            faults += _misplaced(node)
+            faults += _misplaced(node) + _copied(node)
     if faults:
         raise VerificationError(
             f"the executorch program is not right: {'; '.join(faults)}: report this with the model's name and settings"
@@ -67,3 +68,15 @@ def _misplaced(node: Node) -> list[str]:
         return []
     places = [arg.meta["spec"].mem_id for arg in node.args[1:3] if isinstance(arg, Node)]
     return [] if places == [STATE_ARENA] * 2 else [f"{node.name} reads the cache from arenas {places}"]
+
+
+def _copied(node: Node) -> list[str]:
+    """Only the cache's own operators read its tables, or views that lie in the same memory."""
+    if node.op != "call_function" or str(node.target).startswith("llama.") or _arena(node) == STATE_ARENA:
+        return []
+    inputs = [arg for arg in node.all_input_nodes if _arena(arg) == STATE_ARENA]
+    return [f"{node.name} copies {arg.name}" for arg in inputs if arg.meta["spec"].dtype == torch.float32]
+
+
+def _arena(node: Node) -> int | None:
+    return getattr(node.meta.get("spec"), "mem_id", None)

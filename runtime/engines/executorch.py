@@ -18,10 +18,12 @@ from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 _METHODS = ("forward", "evict", "reset", "read_kept", "write_kept", "read_state", "write_state")
+# Only where heads share a budget.
+_SHARED_BUDGET = ("read_lengths", "write_lengths")
 
 
-class ExecuTorchEngine(ArtefactEngine):
-    """Runs the ``executorch`` target of an artefact.
+class ExecuTorchProgram(ArtefactEngine):
+    """Loads a program of either kind and runs its methods.
 
     Args:
         folder: the artefact.
@@ -49,12 +51,17 @@ class ExecuTorchEngine(ArtefactEngine):
         # These share the arrays' memory: a decode step makes no tensor.
         shared = [self._torch.from_numpy(array) for array in (self._position, self._live, self._token, self._seen)]
         self._chunk_inputs, self._decode_inputs, self._evict_inputs = shared[:2], (shared[2], *shared[:2]), (shared[3],)
-        self._block = min(self._run("read_state", (shared[3],))[2].shape[0] // self._rows, self.config.slots)
+        self._block = self._run("read_state", (shared[3],))[2].numel() // self._rows
         self._reset()
 
     @property
     def _rows(self) -> int:
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        """Methods that this kind of program has."""
+        return _METHODS
 
     def _load(self, path: Path, log: IO[bytes]) -> dict[str, Any]:
         """All methods now: loading one later would initialise buffers of those that have run."""
@@ -63,11 +70,16 @@ class ExecuTorchEngine(ArtefactEngine):
                 str(path), program_verification=self._binding.Verification.InternalConsistency
             )
             names = {self._program.get_method_name(index) for index in range(self._program.num_methods())}
-            missing = [name for name in _METHODS if name not in names]
+            missing = [name for name in self._wanted if name not in names]
             if missing:
                 raise ArtefactError(f"{path} has no method {missing[0]}: export it again with this version")
+            if names & set(_SHARED_BUDGET) - set(self._wanted):
+                raise ArtefactError(
+                    f"{path} has a budget that heads share, but the manifest means one for each head: "
+                    "files of two artefacts are mixed, export it again"
+                )
             self._check_constants(path)
-            return {name: self._program.load_method(name) for name in _METHODS}
+            return {name: self._program.load_method(name) for name in self._wanted}
         except RuntimeError as error:
             log.seek(0)
             lines = [*log.read().decode(errors="replace").splitlines(), str(error).splitlines()[0]]
@@ -76,20 +88,25 @@ class ExecuTorchEngine(ArtefactEngine):
                 f"{path} does not load in ExecuTorch ({reason}): copy the whole folder again or export it again"
             ) from error
 
-    def _check_constants(self, path: Path) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """Constant methods and what the manifest means them to be."""
         config = self.config
-        for name, want in (
-            ("get_vocab_size", self.vocab_size),
-            ("get_n_layers", self.num_layers),
-            ("get_n_kv_heads", self.num_kv_heads),
-            ("get_head_dim", self.head_dim),
-            ("get_trimkv_budget", config.budget),
-            ("get_trimkv_buffer", config.buffer),
-            ("get_trimkv_prefill_chunk", config.prefill_chunk),
-            ("get_trimkv_sinks", config.sinks),
-            ("get_trimkv_recent", config.recent),
-        ):
-            found = self._program.load_method(name).call(())[0]
+        return {
+            "get_vocab_size": self.vocab_size,
+            "get_n_layers": self.num_layers,
+            "get_n_kv_heads": self.num_kv_heads,
+            "get_head_dim": self.head_dim,
+            "get_trimkv_budget": config.budget,
+            "get_trimkv_buffer": config.buffer,
+            "get_trimkv_prefill_chunk": config.prefill_chunk,
+            "get_trimkv_sinks": config.sinks,
+            "get_trimkv_recent": config.recent,
+        }
+
+    def _check_constants(self, path: Path) -> None:
+        for name, want in self._facts().items():
+            values = self._program.load_method(name).call(())
+            found = values if isinstance(want, list) else values[0]
             if found != want:
                 raise ArtefactError(
                     f"{path} says {name} = {found}, but the manifest means {want}: "
@@ -117,16 +134,20 @@ class ExecuTorchEngine(ArtefactEngine):
         logits: FloatArray = self._run("forward", inputs)[0].numpy()
         return logits.reshape(-1).copy()
 
-    def _evict(self, seen: int) -> None:
-        self._seen[0] = seen
-        self._run("evict", self._evict_inputs)
-
     def _reset(self) -> None:
         self._run("reset")
 
     def _kept_positions(self) -> IntArray:
         kept: IntArray = self._run("read_kept")[0].numpy()
         return kept.reshape(self.num_layers, self.num_kv_heads, -1).copy()
+
+
+class ExecuTorchEngine(ExecuTorchProgram):
+    """Runs the ``executorch`` target of an artefact whose heads have a budget each; arguments as for its base."""
+
+    def _evict(self, seen: int) -> None:
+        self._seen[0] = seen
+        self._run("evict", self._evict_inputs)
 
     def _blocks(self) -> list[int]:
         """First slots of the blocks that cover the cache; the last may overlap the one before."""
