@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.executorch_cache import STATE_BLOCK
-from trimkv_edge.policies.base import Entries
-from trimkv_edge.pooled_eviction import by_rank, holes_and_movers, ragged_positions, select_pooled
+from trimkv_edge.pooled_eviction import by_rank
+from trimkv_edge.row_blocks import pooled_event, put_back
 
 
 class PooledExportCache(nn.Module):
@@ -90,21 +90,22 @@ class PooledExportCache(nn.Module):
 
     def evict(self, seen: Tensor, fill: Tensor) -> Tensor:
         """The eviction event; ``seen`` and ``fill`` are int64 ``[1]``. Returns the new lengths, int64 ``[rows, 1]``."""
-        positions = ragged_positions(self.kept, self.lengths, seen, fill, self.width)
-        valid = torch.arange(self.width, dtype=torch.int64) < self.lengths + fill
-        log_beta = self.log_beta.view(self.rows, self.width)
-        keep = select_pooled(Entries(log_beta, positions, seen, self.layers, self.heads), valid, self.config)
-        holes, movers, lengths = holes_and_movers(keep)
-        # Real moves never end in a head's last slot, so a move that is only padding copies that slot onto itself.
-        last, most = self._last_slots(), max(self.moves)
-        destination, source = (by_rank(marked, most, last) for marked in (holes, movers))
-        for row, count in enumerate(self.moves):
-            self._move(row, destination[row, :count], source[row, :count])
-        positions, log_beta = (
-            table.scatter(1, destination, table.gather(1, source)) for table in (positions, log_beta)
-        )
-        self.kept.copy_(positions[:, : self.kept.shape[1]])
-        self.log_beta.copy_(log_beta.reshape(self.log_beta.shape))
+        table = self.log_beta.view(self.rows, self.width)
+        blocks = pooled_event(table, self.kept, self.lengths, seen, fill, self.layers, self.config)
+        log_betas, positions = [], []
+        for block in blocks:
+            # Real moves never end in a head's last slot, so a move that is only padding copies that slot onto itself.
+            last = torch.tensor([self.slots[row] - 1 for row in block.rows], dtype=torch.int64).unsqueeze(1)
+            most = max(self.moves[row] for row in block.rows)
+            to, origin = (by_rank(marked, most, last) for marked in (block.holes, block.movers))
+            for number, row in enumerate(block.rows):
+                count = self.moves[row]
+                self._move(row, to[number, :count], origin[number, :count])
+            for moved, before in ((log_betas, block.log_beta), (positions, block.positions)):
+                moved.append(before.scatter(1, to, before.gather(1, origin)))
+        lengths = put_back([block.lengths for block in blocks], blocks, 1)
+        self.kept.copy_(put_back(positions, blocks, self.kept.shape[1]))
+        self.log_beta.copy_(put_back(log_betas, blocks, self.width).reshape(self.log_beta.shape))
         self.lengths.copy_(lengths)
         return lengths + 0
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.onnx_evict import DOMAIN, IR_VERSION, OPSET, function_of
 from trimkv_edge.export.onnx_pooled import table_width
-from trimkv_edge.policies.base import Entries
-from trimkv_edge.pooled_eviction import holes_and_movers, origins, ragged_positions, select_pooled
+from trimkv_edge.pooled_eviction import origins
+from trimkv_edge.row_blocks import pooled_event, put_back
 
 _SETTINGS = ("policy", "budget", "buffer", "sinks", "recent", "min_per_head", "threshold")
 
@@ -35,17 +35,28 @@ class _Evict(nn.Module):
         self, log_beta: Tensor, kept: Tensor, lengths: Tensor, seen: Tensor, fill: Tensor
     ) -> tuple[Tensor, ...]:
         rows, slots = log_beta.shape
-        held = lengths.unsqueeze(1)
-        slot = torch.arange(slots, dtype=torch.int64)
-        positions = ragged_positions(kept, held, seen, fill, slots)
-        entries = Entries(log_beta, positions, seen, self.layers, self.heads)
-        holes, movers, after = holes_and_movers(select_pooled(entries, slot < held + fill, self.config))
-        origin = origins(holes, movers)
-        # Written through scatters over every slot, so that runtimes may write in place.
-        moved = log_beta.scatter(1, slot.expand(rows, -1), log_beta.gather(1, origin))
         most = kept.shape[1]
-        places = kept.scatter(1, slot[:most].expand(rows, -1), positions.gather(1, origin)[:, :most])
-        return holes, movers, moved, places, lengths.scatter(0, torch.arange(rows), after.squeeze(1))
+        blocks = pooled_event(log_beta, kept, lengths.unsqueeze(1), seen, fill, self.layers, self.config)
+        origin = [origins(block.holes, block.movers) for block in blocks]
+        holes, movers, moved, places = (
+            put_back(parts, blocks, columns)
+            for parts, columns in (
+                ([block.holes for block in blocks], slots),
+                ([block.movers for block in blocks], slots),
+                ([block.log_beta.gather(1, o) for block, o in zip(blocks, origin, strict=True)], slots),
+                ([block.positions.gather(1, o) for block, o in zip(blocks, origin, strict=True)], most),
+            )
+        )
+        after = put_back([block.lengths for block in blocks], blocks, 1).squeeze(1)
+        # Written through scatters over every slot, so that runtimes may write in place.
+        slot = torch.arange(slots, dtype=torch.int64).expand(rows, -1)
+        return (
+            holes,
+            movers,
+            log_beta.scatter(1, slot, moved),
+            kept.scatter(1, slot[:, :most], places),
+            lengths.scatter(0, torch.arange(rows), after),
+        )
 
 
 def _move_plan_function() -> FunctionProto:

@@ -35,22 +35,37 @@ def select_pooled(entries: Entries, valid: Tensor, config: CacheConfig) -> Tenso
     Returns:
         bool ``[rows, slots]``; each row keeps its own number.
     """
-    scores = torch.where(valid, score_entries(entries, config), -PROTECTED)
-    positions, slots = entries.positions, entries.positions.shape[-1]
+    slots = entries.positions.shape[-1]
     rows = entries.layers * entries.heads
-    if config.min_per_head:
-        scores = torch.where(keep_best(scores, positions, valid, config.min_per_head), _FLOOR, scores)
+    caps = None
     if config.caps is not None:
-        caps = torch.tensor(config.caps, dtype=torch.int64, device=scores.device).reshape(-1, 1)
-        valid = drop_excess(scores, positions, valid, caps.repeat(positions.shape[0] // rows, 1), config.buffer)
-    if config.threshold:
-        valid = valid & (scores >= math.log(config.threshold))
+        caps = torch.tensor(config.caps, dtype=torch.int64, device=valid.device).reshape(-1, 1)
+        caps = caps.repeat(valid.shape[0] // rows, 1)
+    scores, valid = contenders(entries, valid, caps, config)
     group = rows if find_policy(config.policy).scope == MODEL else entries.heads
     row = torch.arange(group, dtype=torch.int64, device=scores.device).view(1, group, 1)
-    order = positions.view(-1, group, slots) * group + row
+    order = entries.positions.view(-1, group, slots) * group + row
     flat = (-1, group * slots)
     keep = keep_best(scores.view(flat), order.view(flat), valid.reshape(flat), config.budget * group)
-    return keep.view(positions.shape)
+    return keep.view(valid.shape)
+
+
+def contenders(entries: Entries, valid: Tensor, caps: Tensor | None, config: CacheConfig) -> tuple[Tensor, Tensor]:
+    """What each row does by itself: scores with its floor lifted, and what cap and threshold leave of it.
+
+    Args:
+        entries, valid: as in :func:`select_pooled`.
+        caps: int64 ``[rows, 1]``.
+    """
+    scores = torch.where(valid, score_entries(entries, config), -PROTECTED)
+    if config.min_per_head:
+        lifted = keep_best(scores, entries.positions, valid, config.min_per_head)
+        scores = torch.where(lifted, _FLOOR, scores)
+    if caps is not None:
+        valid = drop_excess(scores, entries.positions, valid, caps, config.buffer)
+    if config.threshold:
+        valid = valid & (scores >= math.log(config.threshold))
+    return scores, valid
 
 
 def holes_and_movers(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
