@@ -97,7 +97,8 @@ def ragged_positions(kept: Tensor, lengths: Tensor, seen: Tensor, fill: Tensor, 
     """
     slot = torch.arange(slots, dtype=torch.int64, device=kept.device)
     ring = seen - fill + slot - lengths
-    return torch.where(slot < lengths, torch.nn.functional.pad(kept, (0, slots - kept.shape[-1])), ring)
+    stored = torch.nn.functional.pad(kept, (0, slots - kept.shape[-1]))
+    return ring + (slot < lengths).to(torch.int64) * (stored - ring)
 
 
 def by_rank(marked: Tensor, count: int, default: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def by_rank(marked: Tensor, count: int, default: Tensor) -> Tensor:
     slot = torch.arange(marked.shape[-1], dtype=torch.int64, device=marked.device).expand(marked.shape[0], -1)
     # One more column takes what is not marked.
     table = (default + torch.zeros(1, count + 1, dtype=torch.int64, device=marked.device)).contiguous()
-    return table.scatter(1, torch.where(marked, rank, count), slot)[:, :count]
+    place = count + marked.to(torch.int64) * (rank - count)
+    return table.scatter(1, place, slot)[:, :count]
 
 
 def origins(holes: Tensor, movers: Tensor) -> Tensor:
