@@ -27,10 +27,9 @@ class Lifetimes:
         """Takes down who is left, right after an event."""
         self.seen.append(cache.seen)
         kept = cache.kept.flatten(1)
-        sizes = kept + cache.config.buffer  # rows lie back to back, each with its ring
-        start = sizes.cumsum(1) - sizes
-        sequence, row, slot = (torch.arange(int(kept.max())) < kept.unsqueeze(-1)).nonzero(as_tuple=True)
-        positions = cache.positions[sequence, start[sequence, row] + slot]
+        places = cache.places(int(kept.max())).flatten(1, 2)
+        sequence, row, slot = (torch.arange(places.shape[-1]) < kept.unsqueeze(-1)).nonzero(as_tuple=True)
+        positions = cache.positions[sequence, places[sequence, row, slot]]
         self.lasted[sequence, row, positions] = len(self.seen)
 
 
