@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
@@ -48,7 +48,7 @@ def open_engine(folder: Path, name: str, threads: int | None) -> Engine:
     return load_engine(artefact, name, threads)
 
 
-def feed(engine: Engine, tokens: Iterable[int], evict: Callable[[Engine], None] = Engine.evict) -> None:
+def feed(engine: Engine, tokens: Iterable[int]) -> None:
     """Reads tokens in the largest chunks that fit, running events as they fall due."""
     pending = list(tokens)
     while pending:
@@ -56,7 +56,7 @@ def feed(engine: Engine, tokens: Iterable[int], evict: Callable[[Engine], None] 
         engine.prefill(pending[:size])
         del pending[:size]
         if engine.room == 0:
-            evict(engine)
+            engine.evict()
 
 
 def rss() -> int:

@@ -61,7 +61,7 @@ def main() -> None:
     options.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
     options.add_argument("--buffer", type=int, default=32)
     options.add_argument("--samples", type=int, default=32)
-    options.add_argument("--floor", type=float, default=0.5, help="share of the budget that each head may always keep")
+    options.add_argument("--floor", type=float, default=0.25, help="share of the budget that each head may always keep")
     args = options.parse_args()
     source = find_source("tiny")
     assert source.folder is not None

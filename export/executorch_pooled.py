@@ -92,7 +92,8 @@ class PooledExportCache(nn.Module):
         """The eviction event; ``seen`` and ``fill`` are int64 ``[1]``. Returns the new lengths, int64 ``[rows, 1]``."""
         table = self.log_beta.view(self.rows, self.width)
         blocks = pooled_event(table, self.kept, self.lengths, seen, fill, self.layers, self.config)
-        log_betas, positions = [], []
+        log_betas: list[Tensor] = []
+        positions: list[Tensor] = []
         for block in blocks:
             # Real moves never end in a head's last slot, so a move that is only padding copies that slot onto itself.
             last = torch.tensor([self.slots[row] - 1 for row in block.rows], dtype=torch.int64).unsqueeze(1)

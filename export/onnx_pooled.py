@@ -60,17 +60,17 @@ class PooledAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
         batch, heads, count, width = query.shape
-        packed = [x.transpose(1, 2).reshape(batch, count, -1) for x in (query, key, value)]
-        queries, keys, values = (x.split(x.shape[2] // self.heads, dim=2) for x in packed)
-        first = layer * self.heads
-        outputs = [
-            self._head(first + head, queries[head], keys[head], values[head], scale) for head in range(self.heads)
-        ]
+        # Per token and KV head: its group's queries, its key, its value. One copy, and one split for all heads.
+        by_head = [x.transpose(1, 2).reshape(batch, count, self.heads, -1) for x in (query, key, value)]
+        packed = torch.cat(by_head, dim=3).view(batch, count, -1)
+        parts = packed.split(packed.shape[2] // self.heads, dim=2)
+        outputs = [self._head(layer * self.heads + head, part, width, scale) for head, part in enumerate(parts)]
         return torch.cat(outputs, dim=2).view(batch, count, heads, width)
 
     @abstractmethod
-    def _head(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """One KV head: query ``[1, T, group * head_dim]``, key and value ``[1, T, head_dim]`` -> as query."""
+    def _head(self, row: int, packed: Tensor, width: int, scale: float) -> Tensor:
+        """One KV head: queries, key and value side by side, ``[1, T, (group + 2) * head_dim]`` ->
+        ``[1, T, group * head_dim]``."""
 
 
 class PooledGroupQueryAttention(PooledAttention):
@@ -81,17 +81,16 @@ class PooledGroupQueryAttention(PooledAttention):
         last, total = self._held + (self._count - 1), self._held + self._count
         self._last, self._total = (table.to(torch.int32).split(1) for table in (last, total))
 
-    def _head(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _head(self, row: int, packed: Tensor, width: int, scale: float) -> Tensor:
         past_key, past_value = self.keys[row], self.values[row]
-        attributes: dict[str, Any] = dict(
-            num_heads=query.shape[2] // key.shape[2], kv_num_heads=1, scale=float(scale), do_rotary=0
-        )
+        group = packed.shape[2] // width - 2
+        attributes: dict[str, Any] = dict(num_heads=group, kv_num_heads=1, scale=float(scale), do_rotary=0)
         out, self.keys[row], self.values[row] = onnx_ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (query, key, value, past_key, past_value, self._last[row], self._total[row]),
+            (packed, None, None, past_key, past_value, self._last[row], self._total[row]),
             attributes,
             dtypes=(torch.float32,) * 3,
-            shapes=(query.shape, past_key.shape, past_value.shape),
+            shapes=((*packed.shape[:2], group * width), past_key.shape, past_value.shape),
             version=1,
         )
         return out
@@ -104,8 +103,9 @@ class PooledStandardAttention(PooledAttention):
         super().__init__(*args)
         self._slots = self._held.unsqueeze(1) + torch.arange(self._count, dtype=torch.int64)
 
-    def _head(self, row: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        count, width = self._count, key.shape[2]
+    def _head(self, row: int, packed: Tensor, width: int, scale: float) -> Tensor:
+        count = self._count
+        query, key, value = packed.split([packed.shape[2] - 2 * width, width, width], dim=2)
         slots = self._slots[row]
         zero = torch.zeros_like(slots)
         where = torch.stack([zero, zero, slots], dim=-1)

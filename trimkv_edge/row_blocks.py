@@ -93,8 +93,8 @@ def _compete(tables: list[tuple[Tensor, Tensor, Tensor]], parts: list[list[int]]
     kept: list[list[Tensor]] = [[] for _ in tables]
     for group in range(len(parts[0])):
         mine = [[table[group] for table in block] for block in pieces]
-        flat = [torch.cat([block[kind].reshape(1, -1) for block in mine], dim=1) for kind in range(3)]
-        keep = keep_best(*flat, budget).split([block[0].numel() for block in mine], dim=1)
+        scores, order, valid = (torch.cat([block[kind].reshape(1, -1) for block in mine], dim=1) for kind in range(3))
+        keep = keep_best(scores, order, valid, budget).split([block[0].numel() for block in mine], dim=1)
         for block, piece, like in zip(kept, keep, mine, strict=True):
             block.append(piece.reshape(like[0].shape))
     return [torch.cat(block) if len(block) > 1 else block[0] for block in kept]
