@@ -90,7 +90,8 @@ def full_state(engine: Engine, mean: np.ndarray) -> CacheState:
     """Random entries: each head as full as the policy keeps it; just after an event."""
     rng = np.random.default_rng(0)
     rows = (engine.num_layers, engine.num_kv_heads)
-    seen = engine.config.budget + 64 * engine.config.buffer
+    # Long enough that the largest head finds as many positions.
+    seen = engine.config.budget + max(64, 8 * engine.config.budget // engine.config.buffer) * engine.config.buffer
     kept = np.full(rows, engine.config.budget)
     if isinstance(engine, PooledEngine):
         assert engine.config.caps is not None
