@@ -20,7 +20,7 @@ from trimkv_edge.calibration.request import check_request
 from trimkv_edge.caps import CAPS_FILE, Calibration, load_calibration
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.eviction import find_policy, require_exportable
+from trimkv_edge.eviction import find_policy, pooled_policies, require_exportable
 from trimkv_edge.export.caps import AUTO, calibrate_within, caps_from_file, check_gates
 from trimkv_edge.export.targets import TARGETS, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
@@ -30,7 +30,6 @@ from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, des
 from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, load_model
 from trimkv_edge.models.source import ModelSource, find_source
-from trimkv_edge.policies import POLICIES
 from trimkv_edge.runtime.engines import engine_class
 
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
@@ -137,8 +136,9 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         elif request.caps_target is not None:
             check_request(cache, request.caps_target, request.dtype)
     elif request.caps is not None or request.caps_target is not None:
-        pooled = ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
-        raise ConfigError(f"--caps is for policies whose heads share a budget ({pooled}), not for {request.policy}")
+        raise ConfigError(
+            f"--caps is for policies whose heads share a budget ({pooled_policies()}), not for {request.policy}"
+        )
     if calibration or not policy.pooled:
         require_exportable(cache, config.num_hidden_layers, config.num_key_value_heads)
     memory = estimate_memory(shape, cache, request.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, TrimKVError
+from trimkv_edge.files import replace_text
 
 SCHEMA_VERSION = 1
 CAPS_FILE = "caps.json"
@@ -69,9 +69,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Writes the file atomically."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 _ADAPTER = TypeAdapter(Calibration)

@@ -29,6 +29,11 @@ def find_policy(name: str) -> Policy:
     return policy
 
 
+def pooled_policies() -> str:
+    """Names of the policies whose heads share a budget, for messages."""
+    return ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
+
+
 def policy_of(config: CacheConfig) -> Policy:
     """The policy of a cache whose other settings it can honour.
 
@@ -43,9 +48,8 @@ def policy_of(config: CacheConfig) -> Policy:
         )
     for name in ("min_per_head", "threshold", "caps"):
         if getattr(config, name) and not policy.pooled:
-            pooled = ", ".join(name for name, policy in POLICIES.items() if policy.pooled)
             raise ConfigError(
-                f"{name.replace('_', ' ')} is for policies whose heads share a budget ({pooled}), "
+                f"{name.replace('_', ' ')} is for policies whose heads share a budget ({pooled_policies()}), "
                 f"not for {policy.name}: leave it out or change --policy"
             )
     return policy

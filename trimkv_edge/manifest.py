@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.errors import ArtefactError, TrimKVError
+from trimkv_edge.files import replace_text
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -117,10 +117,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json`` atomically."""
-        path = folder / MANIFEST_FILE
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 _ADAPTER = TypeAdapter(Manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from trimkv_edge.caps import Calibration
@@ -25,7 +26,11 @@ def draw_heat_map(calibration: Calibration, path: Path) -> None:
 
     config, occupancy = calibration.cache, calibration.occupancy
     assert config.caps is not None
-    panels = (("mean", occupancy.mean), ("95th percentile", occupancy.p95), ("cap", config.caps))
+    panels: list[tuple[str, Sequence[Sequence[float]]]] = [
+        ("mean", occupancy.mean),
+        ("95th percentile", occupancy.p95),
+        ("cap", config.caps),
+    ]
     layers, heads = len(config.caps), len(config.caps[0])
     most = max(max(row) for _, table in panels for row in table)
     size = (3 * max(1.8, 0.45 * heads) + 1.5, max(2.6, 0.32 * layers + 1.4))

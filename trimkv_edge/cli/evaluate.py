@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from trimkv_edge.cli.common import quiet_libraries, run_cli
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.files import replace_text
 
 if TYPE_CHECKING:
     from trimkv_edge.evaluation.results import Cell, ResultFile
@@ -141,9 +141,7 @@ def _write_report(cells: list[Cell], args: argparse.Namespace) -> None:
     from trimkv_edge.evaluation.report import pooled, tables
 
     path = args.output / "tables.md"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(tables(pooled(cells)), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, tables(pooled(cells)))
     print(f"tables    {path}")
     if not args.no_plots:
         from trimkv_edge.evaluation.plots import plot_all

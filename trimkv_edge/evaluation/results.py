@@ -11,6 +11,7 @@ from typing import Any
 
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.evaluation.statistics import Interval, bootstrap
+from trimkv_edge.files import replace_text
 
 CELLS_FILE = "cells.jsonl"
 
@@ -115,9 +116,7 @@ class ResultFile:
         return list(last.values())
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(cell) for cell in self.cells.values()), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(_line(cell) for cell in self.cells.values()))
 
 
 def _line(cell: Cell) -> str:
