@@ -94,7 +94,10 @@ def test_unknown_models_say_what_to_give(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_during_export_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    arguments = [*COMMAND, "--model", str(model), "--random-weights", "--budget", "128", "-o", str(tmp_path / "out")]
+    # The installed command: where Ctrl-C meets a library that runs `exec` on a string, `python -m` ends by the signal
+    # itself (-2), whatever code was asked for.
+    command = Path(sys.executable).with_name("trimkv-export")
+    arguments = [command, "--model", str(model), "--random-weights", "--budget", "128", "-o", str(tmp_path / "out")]
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as process:

@@ -251,7 +251,7 @@ def endless(folder: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
     save_manifest(folder, manifest, tokenizer=replace(manifest.tokenizer, eos_token_ids=[]))
     options = ["--prompt", "the cat", "--max-new-tokens", "100000000", "--temperature", "1", "--seed", "1"]
     return subprocess.Popen(
-        [*COMMAND, str(folder), *options, "--stats", "json"],
+        [Path(sys.executable).with_name("trimkv-run"), str(folder), *options, "--stats", "json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
