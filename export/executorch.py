@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,8 +41,13 @@ from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, Portabl
 from trimkv_edge.export.executorch_check import check_program
 from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
 from trimkv_edge.export.executorch_pooled_attention import PooledLlamaStep, PooledPortableStep
+from trimkv_edge.export.executorch_quantize import traceable
+from trimkv_edge.export.executorch_weights import LateWeights
+from trimkv_edge.export.quantization import none
+from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.skeleton import Weights, filled, model_weights
 from trimkv_edge.policies.base import MODEL
 
 PROGRAM = "model.pte"
@@ -67,16 +73,20 @@ def export_executorch(
     folder: Path,
     *,
     ops: str = "xnnpack",
+    scheme: Scheme = none.SCHEME,
+    weights: Weights | None = None,
     metadata: dict[str, int | list[int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Target:
     """Writes ``model.pte`` into ``folder``, through a temporary name.
 
     Args:
-        model: float32, on the CPU.
+        model: float32, on the CPU; it may be hollow if ``weights`` are given.
         config: cache settings; they are constants of the program.
         folder: the artefact; made if missing.
         ops: ``xnnpack`` (XNNPACK delegate and ExecuTorch's llama operators) or ``portable`` (core kernels only).
+        scheme: how weights are stored; all but ``none`` need ``xnnpack``.
+        weights: the model's values by parameter name, read layer by layer; by default those it has.
         metadata: more constant methods, such as ``get_eos_ids``.
         progress: called with one line per stage.
 
@@ -84,15 +94,23 @@ def export_executorch(
         ConfigError: unknown ``ops``, or a setting that this target does not export.
         VerificationError: the program would compute wrongly or copy the cache.
     """
-    program = build_program(model, config, ops=ops, metadata=metadata, progress=progress)
+    check_settings(model, config, ops, scheme)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{PROGRAM}.tmp"
-    try:
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=folder) as scratch:
+        program = build_program(
+            model,
+            config,
+            ops=ops,
+            scheme=scheme,
+            weights=weights,
+            metadata=metadata,
+            progress=progress,
+            scratch=Path(scratch),
+        )
+        temporary = Path(scratch) / PROGRAM
         with temporary.open("wb") as stream:
             program.write_to_file(stream)
         os.replace(temporary, folder / PROGRAM)
-    finally:
-        temporary.unlink(missing_ok=True)
     return Target("executorch", ops, {"program": PROGRAM})
 
 
@@ -101,21 +119,52 @@ def build_program(
     config: CacheConfig,
     *,
     ops: str = "xnnpack",
+    scheme: Scheme = none.SCHEME,
+    weights: Weights | None = None,
     metadata: dict[str, int | list[int]] | None = None,
     progress: Callable[[str], None] | None = None,
+    scratch: Path | None = None,
 ) -> Any:
-    """The program before it is saved, an ``ExecutorchProgramManager``; arguments as for :func:`export_executorch`."""
-    if ops not in FORMS:
-        raise ConfigError(f"executorch operators {ops!r} are not known; use one of {', '.join(FORMS)}")
-    require_exportable(config, model.config.num_hidden_layers, model.config.num_key_value_heads)
+    """The program before it is saved, an ``ExecutorchProgramManager``; arguments as for :func:`export_executorch`.
+
+    ``scratch``: a folder for packed weights until the program is saved; without it they are in memory.
+    """
+    check_settings(model, config, ops, scheme)
+    weights = weights or model_weights(model)
     with _quiet():
-        program = _lower(model, config, ops, metadata or {}, progress or (lambda _: None))
+        if ops == "xnnpack":
+            traced = traceable(model, weights, scheme)
+            model, late = traced.model, LateWeights(traced.late, "model", scratch)
+        else:
+            model, late = filled(model, weights), LateWeights({}, "model", scratch)
+        program = _lower(model, late, config, ops, metadata or {}, progress or (lambda _: None))
     check_program(program, ops)
     return program
 
 
+def check_settings(model: GatedModel, config: CacheConfig, ops: str, scheme: Scheme) -> None:
+    """Raises :class:`~trimkv_edge.errors.ConfigError` for what this target cannot build."""
+    if ops not in FORMS:
+        raise ConfigError(f"executorch operators {ops!r} are not known; use one of {', '.join(FORMS)}")
+    if "executorch" not in scheme.targets:
+        raise ConfigError(
+            f"executorch has no kernels for {scheme.name} weights on CPUs: use --quant 8da4w (both targets know it) "
+            "or --target onnx"
+        )
+    if ops != "xnnpack" and scheme.name != none.SCHEME.name:
+        raise ConfigError(
+            f"executorch's {ops} kernels have no {scheme.name} weights: use --ops xnnpack or --quant none"
+        )
+    require_exportable(config, model.config.num_hidden_layers, model.config.num_key_value_heads)
+
+
 def _lower(
-    model: GatedModel, config: CacheConfig, ops: str, metadata: dict[str, int | list[int]], say: Callable[[str], None]
+    model: GatedModel,
+    late: LateWeights,
+    config: CacheConfig,
+    ops: str,
+    metadata: dict[str, int | list[int]],
+    say: Callable[[str], None],
 ) -> Any:
     from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
@@ -128,12 +177,16 @@ def _lower(
     say("executorch: graphs")
     programs = trace_methods(cache, Forward(model.eval(), cache, form.step))
     say("executorch: lowering")
-    lowered = to_edge_transform_and_lower(
-        programs,
-        partitioner={name: partitioners(ops) if name == "forward" else [] for name in programs},
-        constant_methods=_constants(model, config, metadata),
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
+    with late.packing():
+        lowered = to_edge_transform_and_lower(
+            programs,
+            partitioner={name: partitioners(ops) if name == "forward" else [] for name in programs},
+            constant_methods=_constants(model, config, metadata),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+    # Layers that XNNPACK did not take.
+    late.fill(lowered.exported_program("forward"))
+    late.check_used(model)
     say("executorch: program")
     return lowered.to_executorch(
         ExecutorchBackendConfig(
@@ -184,8 +237,10 @@ def partitioners(ops: str) -> list[Any]:
     if ops == "portable":
         return []
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
     from executorch.backends.xnnpack.partition.config.generic_node_configs import ExpConfig, ViewCopyConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.utils.quant_utils import is_dequant, tag_as_implicit_q_dq
 
     class ActivationViews(ViewCopyConfig):  # type: ignore[misc]
         """XNNPACK copies what it reshapes: a view of the cache in a delegate would copy the cache in every step."""
@@ -193,9 +248,20 @@ def partitioners(ops: str) -> list[Any]:
         def check_constraints(self, node: torch.fx.Node, ep: ExportedProgram) -> bool:
             return not _is_state(node.all_input_nodes[0]) and bool(super().check_constraints(node, ep))
 
+    class LinearOrWeightOnly(LinearConfig):  # type: ignore[misc]
+        """XNNPACK multiplies float32 activations with 8-bit weights too, which ExecuTorch's own rules leave out."""
+
+        def get_deps(self, node: torch.fx.Node, ep: ExportedProgram) -> tuple[bool, list[torch.fx.Node]]:
+            activation, weight = node.all_input_nodes[:2]
+            if not is_dequant(weight) or is_dequant(activation):
+                return super().get_deps(node, ep)
+            tag_as_implicit_q_dq(weight)
+            return True, [weight, *weight.all_input_nodes]
+
     # XNNPACK's exp is off by up to 4e-6 (relative, growing with |x|); it would blur the ranking of log-betas.
-    configs = [config for config in ALL_PARTITIONER_CONFIGS if config not in (ExpConfig, ViewCopyConfig)]
-    return [XnnpackPartitioner(configs=[*configs, ActivationViews])]
+    replaced = (ExpConfig, ViewCopyConfig, LinearConfig)
+    configs = [config for config in ALL_PARTITIONER_CONFIGS if config not in replaced]
+    return [XnnpackPartitioner(configs=[*configs, ActivationViews, LinearOrWeightOnly])]
 
 
 def _is_state(node: torch.fx.Node) -> bool:

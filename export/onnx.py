@@ -3,7 +3,7 @@
 State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a runtime may bind one buffer to both:
 
 ============== ======================================= ====================================================
-``{i}.key``    float32 ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
+``{i}.key``    float32 or int8 ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
 ``log_beta``   float32 ``[M + B, layers * kv_heads]``    column = layer * kv_heads + head; one write per step
 ``positions``  int64 ``[layers * kv_heads, M]``          of the kept prefix, evict only; the ring's follow from ``seen``
 ============== ======================================= ====================================================
@@ -19,6 +19,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -28,8 +30,9 @@ from torch.onnx import ops as onnx_ops
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
-from trimkv_edge.eviction import require_exportable
-from trimkv_edge.export.onnx_attention import BACKENDS, OnnxAttention
+from trimkv_edge.eviction import policy_of, require_exportable
+from trimkv_edge.export.onnx_attention import BACKENDS, GroupQueryAttention, OnnxAttention
+from trimkv_edge.export.onnx_data import Numbers, save_with_data
 from trimkv_edge.export.onnx_evict import evict_model
 from trimkv_edge.export.onnx_lint import lint, lint_standard
 from trimkv_edge.export.onnx_pooled import POOLED_BACKENDS, PooledAttention, table_width
@@ -37,10 +40,15 @@ from trimkv_edge.export.onnx_pooled_evict import pooled_evict_model
 from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
 from trimkv_edge.export.onnx_rotary import fused_rotary
 from trimkv_edge.export.onnx_trace import trace
+from trimkv_edge.export.onnx_weights import fill, prepare
+from trimkv_edge.export.quantization import SCHEMES
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel, chunk_positions
+from trimkv_edge.models.skeleton import Weights, model_weights
 
-DECODER, DECODER_DATA, EVICT = "decoder.onnx", "decoder.onnx.data", "evict.onnx"
+DECODER, DECODER_DATA, EVICT, SCALES = "decoder.onnx", "decoder.onnx.data", "evict.onnx", "kv_scales.npz"
 # 18 is the lowest opset that torch's exporter writes natively and has every operator used here, so the standard variant
 # loads in any runtime that knows plain ONNX operators; 20 is what GroupQueryAttention was verified with.
 _OPSETS = {"gqa": 20, "standard": 18}
@@ -52,14 +60,22 @@ def export_onnx(
     folder: Path,
     *,
     ops: str = "gqa",
+    scheme: Scheme = SCHEMES["none"],
+    weights: Weights | None = None,
+    scales: KVScales | None = None,
+    numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     progress: Callable[[str], None] | None = None,
 ) -> Target:
     """Writes ``decoder.onnx``, its external data and ``evict.onnx`` into ``folder``, each through a temporary name.
 
     Args:
-        model: float32, on the CPU.
+        model: float32, on the CPU; hollow if ``weights`` are given.
         config: cache settings; they are constants of the graphs.
         folder: the artefact; made if missing.
+        scheme: how weights are stored.
+        weights: where they come from, one at a time; default: the model itself.
+        scales: of int8 keys and values.
+        numbers: how packing them is reported and gone on with.
         ops: ``gqa`` (``com.microsoft::GroupQueryAttention``, fastest in ONNX Runtime) or ``standard`` (operators of the
             ONNX domain only).
         progress: called with one line per stage.
@@ -72,6 +88,11 @@ def export_onnx(
         raise ConfigError(f"onnx operators {ops!r} are not known; use one of {', '.join(BACKENDS)}")
     say = progress or (lambda _: None)
     shape = model.config
+    if ops == "standard" and scheme.weight_bits < 32:
+        raise ConfigError(
+            f"--onnx-ops standard has no {scheme.weight_bits}-bit matrix product: use gqa, or --quant none"
+        )
+    _check_kv_dtype(config, ops, scales)
     check = lint_standard if ops == "standard" else lint
     say("onnx: evict graph")
     evict = _evict_model(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
@@ -81,7 +102,8 @@ def export_onnx(
         # Same file names in another folder: the decoder names its data file relative to itself.
         work = Path(temporary)
         say("onnx: decoder graph")
-        _save_decoder(model, config, ops, work / DECODER, say)
+        prepared = prepare(model.eval(), weights or model_weights(model), scheme)
+        _save_decoder(prepared, config, ops, scales, work / DECODER, numbers, say)
         decoder = onnx.load(work / DECODER, load_external_data=False)
         clean(decoder)
         divide_by_roots(decoder)
@@ -92,7 +114,42 @@ def export_onnx(
         _require_safe(DECODER, check(decoder))
         for name in (DECODER_DATA, DECODER, EVICT):
             os.replace(work / name, folder / name)
-    return Target("onnx", ops, {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT})
+    files = {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT}
+    if scales:
+        scales.save(folder / SCALES)
+        files["kv_scales"] = SCALES
+    return Target("onnx", ops, files)
+
+
+def _check_kv_dtype(config: CacheConfig, ops: str, scales: KVScales | None) -> None:
+    if config.kv_dtype == "float32":
+        return
+    if ops != "gqa":
+        raise ConfigError(f"--onnx-ops {ops} keeps float32 keys and values only: use gqa, or --kv-dtype float32")
+    if config.caps is not None or policy_of(config).key_score:
+        raise ConfigError(
+            f"policy {config.policy} needs float32 keys and values: use --kv-dtype float32, or a policy that neither "
+            "shares a budget nor looks at keys"
+        )
+    if scales is None:
+        raise ConfigError("int8 keys and values need scales: measure them first (trimkv_edge.export.kv_ranges)")
+
+
+def with_float_activations(folder: Path, target: Target, scratch: Path) -> Target:
+    """The same target with a decoder that computes in float32 instead of rounding activations to int8, to verify with.
+
+    Args:
+        folder: the artefact.
+        scratch: a folder inside it for the graph; the weights stay where they are.
+    """
+    decoder = onnx.load(folder / target.files["decoder"], load_external_data=False)
+    for node in decoder.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    (scratch / DECODER_DATA).hardlink_to(folder / target.files["decoder_data"])
+    onnx.save(decoder, scratch / DECODER)
+    return replace(target, files={**target.files, "decoder": str((scratch / DECODER).relative_to(folder))})
 
 
 def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) -> onnx.ModelProto:
@@ -104,7 +161,7 @@ def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) ->
 class _Decoder(nn.Module):
     """A step as a pure function of the cache, for tracing."""
 
-    def __init__(self, model: GatedModel, attention: type[OnnxAttention]) -> None:
+    def __init__(self, model: GatedModel, attention: Callable[..., OnnxAttention]) -> None:
         super().__init__()
         self.model = model
         self.attention = attention
@@ -148,7 +205,15 @@ class _PooledDecoder(nn.Module):
         return (logits, backend.write_log_betas(log_beta), *(tensor for pair in pairs for tensor in pair))
 
 
-def _save_decoder(model: GatedModel, config: CacheConfig, ops: str, path: Path, say: Callable[[str], None]) -> None:
+def _save_decoder(
+    model: GatedModel,
+    config: CacheConfig,
+    ops: str,
+    scales: KVScales | None,
+    path: Path,
+    numbers: Numbers,
+    say: Callable[[str], None],
+) -> None:
     shape = model.config
     layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
     zero, number = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
@@ -162,17 +227,19 @@ def _save_decoder(model: GatedModel, config: CacheConfig, ops: str, path: Path, 
     # Expanded: tracing needs shapes, not gigabytes.
     decoder: nn.Module
     if config.caps is None:
-        decoder = _Decoder(model.eval(), BACKENDS[ops])
+        # Int8 keys and values are for this backend alone.
+        decoder = _Decoder(model, partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops])
         prefixes = [f"{layer}" for layer in range(layers)]
         shapes = [(1, heads, config.slots, model.head_dim)] * layers
         table = zero.expand(config.slots, layers * heads)
     else:
-        decoder = _PooledDecoder(model.eval(), POOLED_BACKENDS[ops])
+        decoder = _PooledDecoder(model, POOLED_BACKENDS[ops])
         prefixes = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
         shapes = [(1, 1, cap + config.buffer, model.head_dim) for caps in config.caps for cap in caps]
         table = zero.expand(layers * heads, table_width(config))
         plain["lengths"] = number.expand(layers * heads)
-    cache = [zero.expand(shape) for shape in shapes for _ in ("key", "value")]
+    stored = zero.to(torch.int8) if config.kv_dtype == "int8" else zero
+    cache = [stored.expand(shape) for shape in shapes for _ in ("key", "value")]
     names = ["log_beta", *(f"{prefix}.{kind}" for prefix in prefixes for kind in ("key", "value"))]
     dynamic = {"input_ids": tokens, **{name: None for name in plain if name != "input_ids"}}
     with fused_rotary(model) if ops == "gqa" else nullcontext():
@@ -184,8 +251,9 @@ def _save_decoder(model: GatedModel, config: CacheConfig, ops: str, path: Path, 
             _OPSETS[ops],
             {**dynamic, "log_beta": None, "cache": [None] * len(cache)},
         )
-    say("onnx: decoder file")
-    program.save(path, external_data=True)
+    fill(program.model.graph, decoder)
+    say("onnx: weights")
+    save_with_data(program.model, path, DECODER_DATA, numbers)
 
 
 def _require_safe(name: str, findings: list[str]) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
+from trimkv_edge.kv_scales import KVScales
+
 # Not -inf or finfo.min: fused kernels turn those into NaN (DESIGN section 8).
 MASKED = -1e30
 
@@ -47,11 +49,15 @@ class OnnxAttention(ABC):
 class GroupQueryAttention(OnnxAttention):
     """One ``com.microsoft::GroupQueryAttention`` per layer: append and attend over the live prefix, no mask.
 
-    Rotary stays outside (``do_rotary=0``), so that position and live length are independent.
+    With ``scales`` the cache is int8, rounded and read inside the operator. Rotary stays outside (``do_rotary=0``), so
+    that position and live length are independent.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], live: Tensor, count: int) -> None:
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], live: Tensor, count: int, scales: KVScales | None = None
+    ) -> None:
         super().__init__(keys, values, live, count)
+        self._scales = scales
         self._last = (live + (count - 1)).to(torch.int32)
         self._total = (live + count).to(torch.int32)
 
@@ -63,11 +69,16 @@ class GroupQueryAttention(OnnxAttention):
         attributes: dict[str, Any] = dict(
             num_heads=int(heads), kv_num_heads=int(kv_heads), scale=float(scale), do_rotary=0
         )
+        inputs: list[Tensor | None] = [*packed, past_key, past_value, self._last, self._total]
+        if self._scales:
+            attributes.update(k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=8)
+            by_channel = [torch.from_numpy(table[layer]) for table in (self._scales.key, self._scales.value)]
+            inputs += [None] * 5 + [table.view(1, kv_heads, 1, width) for table in by_channel]
         out, self.keys[layer], self.values[layer] = onnx_ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (*packed, past_key, past_value, self._last, self._total),
+            inputs,
             attributes,
-            dtypes=(torch.float32,) * 3,
+            dtypes=(torch.float32, past_key.dtype, past_value.dtype),
             shapes=((batch, count, heads * width), past_key.shape, past_value.shape),
             version=1,
         )

@@ -146,7 +146,8 @@ def evict_model(config: CacheConfig, num_layers: int, num_kv_heads: int, head_di
         ("positions", TensorProto.INT64, [rows, config.budget]),
     ]
     caches = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
-    tensors = tables + [(name, TensorProto.FLOAT, [1, num_kv_heads, config.slots, head_dim]) for name in caches]
+    stored = TensorProto.INT8 if config.kv_dtype == "int8" else TensorProto.FLOAT
+    tensors = tables + [(name, stored, [1, num_kv_heads, config.slots, head_dim]) for name in caches]
     settings = {name: value for name, value in asdict(config).items() if name in _SETTINGS}
     functions = [evict_function(config, num_layers, num_kv_heads), move_rows_function(num_kv_heads)]
     nodes, given = [], ["past.log_beta", "past.positions", "seen"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,16 +24,26 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import find_policy, pooled_policies, require_exportable
 from trimkv_edge.export.caps import AUTO, calibrate_within, caps_from_file, check_gates
-from trimkv_edge.export.targets import TARGETS, check_ops
+from trimkv_edge.export.card import write_card
+from trimkv_edge.export.check_artefact import verify_targets
+from trimkv_edge.export.estimate import ExportCost, estimate
+from trimkv_edge.export.kv_ranges import SAMPLE_TOKENS, measure_scales
+from trimkv_edge.export.quantization import find_scheme
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.quantization.bits import gated_outline, stored_bytes
+from trimkv_edge.export.reference import ReferenceWeights
+from trimkv_edge.export.targets import TARGETS, Job, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
-from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
+from trimkv_edge.export.verify import MIN_EVENTS
 from trimkv_edge.files import new_folder
-from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, describe_files
-from trimkv_edge.models.eager import eager_engine
+from trimkv_edge.kv_scales import KVScales
+from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, TokenizerInfo, describe_files
 from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, load_model
+from trimkv_edge.models.rope import choose_rope
+from trimkv_edge.models.skeleton import filled
 from trimkv_edge.models.source import ModelSource, find_source
-from trimkv_edge.runtime.engines import engine_class
 
+_FLOAT = 4
 _TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -55,10 +67,14 @@ class ExportRequest:
     ops: tuple[str, ...] = ()
     gates: str | None = None
     dtype: str = "float32"
+    quant: str = "none"
+    kv_dtype: str = "float32"
     rope: str = "auto"
+    stream_length: int | None = None
     weights: Path | None = None
     random_weights: bool = False
     seed: int = 0
+    restart: bool = False
     force: bool = False
 
 
@@ -79,16 +95,28 @@ class ExportPlan:
     memory: MemoryEstimate
     ops: dict[str, str]
     gates: tuple[str, Path | None]
+    scheme: Scheme
     calibration: Calibration | None = None
 
-    @property
-    def export_peak(self) -> int:
-        """Estimated peak bytes of the export itself: weights, their copy in the graph, and the libraries."""
-        return 2 * self.memory.weights + 2 * self.memory.cache + 2**30
+    @cached_property
+    def cost(self) -> ExportCost:
+        """What the export itself is estimated to take."""
+        outline = gated_outline(self.source, self.gates[0])
+        gates = _FLOAT * sum(parameter.numel() for gate in outline.gates for parameter in gate.parameters())
+        return estimate(
+            self.shape,
+            self.config,
+            self.request.targets,
+            self.scheme,
+            stored=self.memory.weights,
+            cache=self.memory.cache,
+            largest=_FLOAT * max(parameter.numel() for parameter in outline.parameters()),
+            gates=gates,
+        )
 
     def check_fits(self) -> None:
         """Raises :class:`~trimkv_edge.errors.BudgetError` if the export needs more memory than is available."""
-        check_fits(self.export_peak, f"exporting {self.request.model} with a budget of {self.config.budget}")
+        check_fits(self.cost.memory, f"exporting {self.request.model} with a budget of {self.config.budget}")
 
 
 Report = Callable[[str], None]
@@ -104,15 +132,18 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         raise ConfigError(f"dtype {request.dtype!r} cannot be exported yet: use --dtype float32")
     policy = find_policy(request.policy)
     ops = check_ops(request.targets, request.ops)
+    scheme = find_scheme(request.quant, request.targets)
     source = find_source(request.model, request.weights, request.random_weights)
+    rope = choose_rope(source.config, request.rope, request.stream_length)
     request = replace(request, gates=gates_for(policy, source, request.gates))
     kind, gate_path = choose_gates(source, request.gates)
     config = source.config
-    width = min(source.family.gate_intermediate_size, config.hidden_size)
-    gate_parameters = config.num_hidden_layers * width * (config.hidden_size + config.num_key_value_heads)
-    shape = source.shape(0 if kind == "none" else gate_parameters)
+    outline = gated_outline(source, kind)
+    shape = source.shape(sum(parameter.numel() for gate in outline.gates for parameter in gate.parameters()))
     cache = CacheConfig(
-        budget=parse_budget(request.budget, shape, request.buffer, request.dtype),
+        budget=parse_budget(
+            request.budget, shape, request.buffer, "int8" if request.kv_dtype == "int8" else request.dtype
+        ),
         buffer=request.buffer,
         prefill_chunk=request.prefill_chunk,
         policy=request.policy,
@@ -120,7 +151,18 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         recent=request.recent,
         min_per_head=request.min_per_head,
         threshold=request.threshold,
+        kv_dtype=request.kv_dtype,
     )
+    for target in request.targets:
+        if cache.kv_dtype not in TARGETS[target].kv_dtypes:
+            raise ConfigError(
+                f"{target} keeps {' or '.join(TARGETS[target].kv_dtypes)} keys and values: leave out --kv-dtype, or "
+                f"the target"
+            )
+    if cache.kv_dtype != "float32" and (policy.pooled or policy.key_score):
+        raise ConfigError(
+            f"policy {policy.name} needs float32 keys and values: leave out --kv-dtype, or use another policy"
+        )
     calibration = None
     if policy.pooled:
         request = replace(request, caps=request.caps or AUTO)
@@ -141,10 +183,17 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         )
     if calibration or not policy.pooled:
         require_exportable(cache, config.num_hidden_layers, config.num_key_value_heads)
-    memory = estimate_memory(shape, cache, request.dtype)
+    needed = cache.budget + (MIN_EVENTS + 1) * cache.buffer
+    if rope.variant == "short" and needed > rope.position_limit:
+        raise ConfigError(
+            f"a budget of {cache.budget} with a buffer of {cache.buffer} takes up to {needed} tokens to verify, but "
+            f"{rope.variant} LongRoPE factors are right for {rope.position_limit}: lower --budget or --buffer, or use "
+            "--rope long"
+        )
+    memory = replace(estimate_memory(shape, cache, request.dtype), weights=stored_bytes(outline, scheme))
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
-    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), calibration)
+    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), scheme, calibration)
 
 
 def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -153,7 +202,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
     Args:
         plan: from :func:`plan_export`.
         report: called with one line per stage.
-        progress: called during verification with (tokens done, tokens in all).
+        progress: called in long stages with (done, in all): bytes of weights, layers of the reference, tokens compared.
 
     Raises:
         BudgetError: the export would not fit in the memory at hand.
@@ -161,17 +210,39 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
     """
     request = plan.request
     plan.check_fits()
+
+    def detail(line: str) -> None:
+        report(f"  {line}")
+
     report(f"loading {plan.source.name} ({plan.source.origin}) and its gates")
-    loaded = load_model(plan.source, request.gates, request.rope, request.seed)
+    loaded = load_model(
+        plan.source, request.gates, request.rope, request.seed, stream_length=request.stream_length, hollow=True
+    )
     plan = with_caps(plan, loaded, report)
     with new_folder(request.output) as folder:
         tokenizer = copy_tokenizer(plan.source.folder, folder, plan.source.config)
         if plan.calibration is not None:
             plan.calibration.save(folder / CAPS_FILE)
+        scales = _scales(plan, loaded, folder, tokenizer, detail, progress)
         targets: dict[str, Target] = {}
         for name, ops in plan.ops.items():
             report(f"exporting to {name} ({ops})")
-            targets[name] = TARGETS[name].export(loaded.model, plan.config, folder, ops, tokenizer)
+            targets[name] = TARGETS[name].export(
+                Job(
+                    model=loaded.model,
+                    weights=loaded.weights,
+                    config=plan.config,
+                    folder=folder,
+                    ops=ops,
+                    scheme=plan.scheme,
+                    tokenizer=tokenizer,
+                    scales=scales,
+                    key=_key(plan, loaded),
+                    restart=request.restart,
+                    say=detail,
+                    progress=progress,
+                )
+            )
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=loaded.info,
@@ -180,15 +251,41 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
             rope=loaded.rope,
             tokenizer=tokenizer,
             dtype=request.dtype,
-            quantization="none",
-            bytes=ByteInfo(plan.memory.cache, 4 * loaded.info.parameters, plan.memory.peak),
+            quantization=plan.scheme.name,
+            bytes=ByteInfo(plan.memory.cache, stored_bytes(loaded.model, plan.scheme), plan.memory.peak),
             targets=targets,
             files=describe_files(folder),
             tools=tool_versions(),
         )
-        manifest = verify_targets(manifest, loaded, folder, report, progress)
+        manifest = verify_targets(manifest, loaded, folder, report, progress, scales)
+        manifest = write_card(manifest, folder)
         manifest.save(folder)
     return manifest
+
+
+def _scales(
+    plan: ExportPlan,
+    loaded: LoadedModel,
+    folder: Path,
+    tokenizer: TokenizerInfo | None,
+    say: Report,
+    progress: Callable[[int, int], None] | None,
+) -> KVScales | None:
+    """Scales of int8 keys and values, if they are stored so."""
+    if plan.config.kv_dtype == "float32":
+        return None
+    say("scales of int8 keys and values")
+    (target,) = plan.ops
+    weights = ReferenceWeights(loaded.model, loaded.weights, plan.scheme, TARGETS[target].rounding)
+    # Far from where verification reads, so that its numbers are not the measured ones.
+    sample = sample_tokens(folder, tokenizer, loaded.info.vocab_size, 16 * SAMPLE_TOKENS)[-SAMPLE_TOKENS:]
+    return measure_scales(weights, sample, progress)
+
+
+def _key(plan: ExportPlan, loaded: LoadedModel) -> str:
+    """What the artefact's numbers follow from."""
+    parts = [loaded.info.weights_sha256, plan.request.seed, asdict(loaded.gates), asdict(plan.scheme), tool_versions()]
+    return json.dumps(parts)
 
 
 def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPlan:
@@ -203,6 +300,7 @@ def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPl
         return plan
     calibration = plan.calibration
     if calibration is None:
+        loaded = replace(loaded, model=filled(loaded.model, loaded.weights))
         report(f"calibrating caps for a budget of {plan.config.budget} entries per head that all share")
         calibration = calibrate_within(
             loaded,
@@ -215,41 +313,10 @@ def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPl
         )
     check_gates(calibration, loaded)
     config = calibration.cache
-    memory = estimate_memory(plan.shape, config, request.dtype)
+    memory = replace(estimate_memory(plan.shape, config, request.dtype), weights=plan.memory.weights)
     plan = replace(plan, calibration=calibration, config=config, memory=memory)
     plan.check_fits()
     return plan
-
-
-def verify_targets(
-    manifest: Manifest,
-    loaded: LoadedModel,
-    folder: Path,
-    report: Report,
-    progress: Callable[[int, int], None] | None = None,
-) -> Manifest:
-    """Compares each target with the eager model and returns the manifest with the parity reports in it."""
-    config = manifest.cache
-    plan = stream_plan(config.budget, config.buffer, config.prefill_chunk, pooled=config.caps is not None)
-    tokens = sample_tokens(folder, manifest, sum(plan))
-    tolerance = load_tolerance(manifest.dtype)
-    targets = {}
-    for name, target in manifest.targets.items():
-        report(f"verifying {name}: {sum(plan)} tokens, every survivor and greedy token against the eager model")
-        reference = eager_engine(loaded.model, config, manifest.rope.position_limit)
-        artefact = engine_class(name, config)(folder, manifest, target)
-        done = 0
-
-        def count(size: int) -> None:
-            nonlocal done
-            done += size
-            if progress:
-                progress(done, sum(plan))
-
-        result = compare(reference, artefact, tokens, plan, tolerance.score_rel, count)
-        check(result, tolerance, f"the {name} artefact")
-        targets[name] = replace(target, parity=result.as_dict())
-    return replace(manifest, targets=targets)
 
 
 def tool_versions() -> dict[str, str]:

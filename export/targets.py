@@ -1,4 +1,4 @@
-"""Export targets: one line each. ``ops`` is the operator set of a target; the first is the default."""
+"""Export targets: one line each."""
 
 from __future__ import annotations
 
@@ -6,44 +6,124 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.reference import Rounding, exact
+from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target, TokenizerInfo
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.skeleton import Weights
 
-ExportFn = Callable[[GatedModel, CacheConfig, Path, str, TokenizerInfo | None], Target]
+
+@dataclass(frozen=True)
+class Job:
+    """What a target is made from.
+
+    Attributes:
+        model: hollow or not; weights: its values by parameter name.
+        folder: of the artefact.
+        ops: operator set.
+        scales: of int8 keys and values.
+        key: of the numbers: source, gates and scheme.
+        restart: do not go on with what an interrupted export left.
+        say: called with one line per stage.
+        progress: called with (done, in all) in long stages.
+    """
+
+    model: GatedModel
+    weights: Weights
+    config: CacheConfig
+    folder: Path
+    ops: str
+    scheme: Scheme
+    tokenizer: TokenizerInfo | None
+    scales: KVScales | None
+    key: str
+    restart: bool
+    say: Callable[[str], None]
+    progress: Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """How to export a target; the engine of the same name runs it. Libraries are imported when they are needed."""
+    """How to export a target; the engine of the same name runs it. Libraries are imported when they are needed.
+
+    Attributes:
+        ops: operator sets; the first is the default.
+        kv_dtypes: how it can store keys and values.
+        rounding: what quantised weights of this target are in float32.
+        with_float_activations: ``(folder, target, scratch)`` -> the same target without activations rounded to int8,
+            for verification; its files may lie in ``scratch``, inside the folder. None: it cannot be had.
+    """
 
     ops: tuple[str, ...]
-    export: ExportFn
+    export: Callable[[Job], Target]
+    rounding: Rounding = exact
+    kv_dtypes: tuple[str, ...] = ("float32",)
+    with_float_activations: Callable[[Path, Target, Path], Target] | None = None
 
 
-def _executorch(
-    model: GatedModel, config: CacheConfig, folder: Path, ops: str, tokenizer: TokenizerInfo | None
-) -> Target:
+def _executorch(job: Job) -> Target:
     from trimkv_edge.export.executorch import export_executorch
 
     metadata: dict[str, int | list[int]] = {}
-    if tokenizer is not None:
-        metadata["get_eos_ids"] = tokenizer.eos_token_ids
-        if tokenizer.bos_token_id is not None:
-            metadata["get_bos_id"] = tokenizer.bos_token_id
-    return export_executorch(model, config, folder, ops=ops, metadata=metadata)
+    if job.tokenizer is not None:
+        metadata["get_eos_ids"] = job.tokenizer.eos_token_ids
+        if job.tokenizer.bos_token_id is not None:
+            metadata["get_bos_id"] = job.tokenizer.bos_token_id
+    return export_executorch(
+        job.model,
+        job.config,
+        job.folder,
+        ops=job.ops,
+        scheme=job.scheme,
+        weights=job.weights,
+        metadata=metadata,
+        progress=job.say,
+    )
 
 
-def _onnx(model: GatedModel, config: CacheConfig, folder: Path, ops: str, tokenizer: TokenizerInfo | None) -> Target:
+def _executorch_rounding(weight: Tensor, bits: int) -> Tensor:
+    from trimkv_edge.export.executorch_quantize import round_trip
+
+    return round_trip(weight, bits)
+
+
+def _onnx(job: Job) -> Target:
     from trimkv_edge.export.onnx import export_onnx
+    from trimkv_edge.export.onnx_data import Numbers
 
-    return export_onnx(model, config, folder, ops=ops)
+    return export_onnx(
+        job.model,
+        job.config,
+        job.folder,
+        ops=job.ops,
+        scheme=job.scheme,
+        weights=job.weights,
+        scales=job.scales,
+        numbers=Numbers(job.key, job.restart, job.say, job.progress),
+        progress=job.say,
+    )
+
+
+def _onnx_rounding(weight: Tensor, bits: int) -> Tensor:
+    from trimkv_edge.export.onnx_weights import round_trip
+
+    return round_trip(weight, bits)
+
+
+def _onnx_float(folder: Path, target: Target, scratch: Path) -> Target:
+    from trimkv_edge.export.onnx import with_float_activations
+
+    return with_float_activations(folder, target, scratch)
 
 
 TARGETS: dict[str, TargetSpec] = {
-    "executorch": TargetSpec(("xnnpack", "portable"), _executorch),
-    "onnx": TargetSpec(("gqa", "standard"), _onnx),
+    "executorch": TargetSpec(("xnnpack", "portable"), _executorch, _executorch_rounding),
+    "onnx": TargetSpec(("gqa", "standard"), _onnx, _onnx_rounding, ("float32", "int8"), _onnx_float),
 }
 
 

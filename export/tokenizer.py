@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trimkv_edge.errors import ModelError
-from trimkv_edge.manifest import Manifest, TokenizerInfo
+from trimkv_edge.manifest import TokenizerInfo
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -50,9 +50,9 @@ def copy_tokenizer(source: Path | None, folder: Path, config: Any) -> TokenizerI
     return TokenizerInfo(size, [token for token in ids if token < config.vocab_size], bos)
 
 
-def sample_tokens(folder: Path, manifest: Manifest, count: int) -> list[int]:
+def sample_tokens(folder: Path, tokenizer_info: TokenizerInfo | None, vocab_size: int, count: int) -> list[int]:
     """``count`` tokens to verify with: this package's own sources if the artefact has a tokenizer, else seeded ids."""
-    if manifest.tokenizer is not None:
+    if tokenizer_info is not None:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         ids: list[int] = []
         for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -60,7 +60,7 @@ def sample_tokens(folder: Path, manifest: Manifest, count: int) -> list[int]:
         if ids:
             return (ids * (count // len(ids) + 1))[:count]
     rng = np.random.default_rng(0)
-    return [int(token) for token in rng.integers(0, manifest.model.vocab_size, count)]
+    return [int(token) for token in rng.integers(0, vocab_size, count)]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
 from trimkv_edge.errors import StateError
 from trimkv_edge.eviction import find_policy
+from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.models.gated import GatedModel, chunk_positions
 from trimkv_edge.policies.base import MASS, WINDOW
 from trimkv_edge.pool import PooledCache
@@ -23,7 +24,13 @@ class TorchEngine(Engine):
     name = "eager"
     cache: StaticCache | PooledCache
 
-    def __init__(self, model: GatedModel, config: CacheConfig, position_limit: int = POSITION_LIMIT) -> None:
+    def __init__(
+        self,
+        model: GatedModel,
+        config: CacheConfig,
+        position_limit: int = POSITION_LIMIT,
+        scales: KVScales | None = None,
+    ) -> None:
         shape = model.config
         super().__init__(
             config,
@@ -34,7 +41,7 @@ class TorchEngine(Engine):
             position_limit=position_limit,
         )
         self.model = model.eval()
-        self.cache = new_cache(config, self.num_layers, self.num_kv_heads, self.head_dim)
+        self.cache = new_cache(config, self.num_layers, self.num_kv_heads, self.head_dim, scales=scales)
 
     @torch.no_grad()
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
@@ -121,11 +128,13 @@ class EagerPooledEngine(PooledEngine, TorchEngine):
             pool[0, places] = torch.from_numpy(rows).flatten(0, 2)[inside].to(pool.dtype)
 
 
-def eager_engine(model: GatedModel, config: CacheConfig, position_limit: int = POSITION_LIMIT) -> TorchEngine:
-    """The reference engine of the kind that the policy needs.
+def eager_engine(
+    model: GatedModel, config: CacheConfig, position_limit: int = POSITION_LIMIT, scales: KVScales | None = None
+) -> TorchEngine:
+    """The reference engine of the kind that the policy needs; ``scales`` for int8 keys and values.
 
     Raises:
         ConfigError: settings that the policy cannot honour.
     """
     kind = EagerPooledEngine if find_policy(config.policy).pooled else EagerEngine
-    return kind(model, config, position_limit)
+    return kind(model, config, position_limit, scales)

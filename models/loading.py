@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
 from trimkv_edge.models.gate_source import find_gates
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, random_gates
-from trimkv_edge.models.rope import fix_rope
+from trimkv_edge.models.random_weights import ensure_random_weights
+from trimkv_edge.models.rope import choose_rope, fix_rope
+from trimkv_edge.models.skeleton import WeightFiles, Weights, fits, model_weights, skeleton, weights_of
 from trimkv_edge.models.source import ModelSource
 from trimkv_edge.policies.base import LOG_BETA, Policy
 from trimkv_edge.retention import GATE_KINDS, NoGate
@@ -25,31 +28,51 @@ from trimkv_edge.retention import GATE_KINDS, NoGate
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A gated model and what the manifest records about it."""
+    """A gated model and what the manifest records about it.
+
+    Attributes:
+        model: hollow (see :mod:`trimkv_edge.models.skeleton`) if it was asked for.
+        weights: values of its parameters by name, read when asked for.
+    """
 
     model: GatedModel
     info: ModelInfo
     gates: GateInfo
     rope: RopeInfo
+    weights: Weights
 
 
-def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto", seed: int = 0) -> LoadedModel:
+def load_model(
+    source: ModelSource,
+    gates: str | None = None,
+    rope: str = "auto",
+    seed: int = 0,
+    *,
+    stream_length: int | None = None,
+    hollow: bool = False,
+) -> LoadedModel:
     """Builds the gated model of ``source`` in float32.
 
     Args:
         source: see :func:`trimkv_edge.models.source.find_source`.
         gates: a hub id, folder or file (ours or published), a kind (``rg``, ``rg10``) of the model's own gates, or
             ``none``; None is its first kind. With random weights, kinds without a local file give random gates.
-        rope: LongRoPE factor set, see :func:`trimkv_edge.models.rope.fix_rope`.
+        rope: LongRoPE factor set, see :func:`trimkv_edge.models.rope.choose_rope`.
         seed: of random weights and gates.
+        stream_length: most tokens of a stream, as far as it chooses LongRoPE factors.
+        hollow: leave the base's weights in their files, where they are stored as the model names them.
 
     Raises:
         ModelError: weights or gates are missing, damaged or do not fit.
+        ConfigError: a negative seed, or a choice of LongRoPE factors that cannot be honoured.
     """
-    base = load_base(source, seed)
-    rope_info = fix_rope(base, rope)
+    choose_rope(source.config, rope, stream_length)  # before gigabytes are read or written for nothing
+    if source.random_weights:
+        source = ensure_random_weights(source, seed)
+    base, files = (_hollow_base(source) if hollow else None) or (load_base(source, seed), None)
+    rope_info = fix_rope(base, rope, stream_length)
     shape = GateShape.of(source.config)
-    digest = source.weights_sha256()
+    digest = source.weights_sha256(seed)
     kind, path = _find_gates(source, gates)
     if kind == "none":
         heads, layers = source.config.num_key_value_heads, source.config.num_hidden_layers
@@ -78,7 +101,16 @@ def load_model(source: ModelSource, gates: str | None = None, rope: str = "auto"
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         max_position_embeddings=source.config.max_position_embeddings,
     )
-    return LoadedModel(model, info, gate_info, rope_info)
+    weights = weights_of(files, modules) if files else model_weights(model)
+    return LoadedModel(model, info, gate_info, rope_info, weights)
+
+
+def _hollow_base(source: ModelSource) -> tuple[PreTrainedModel, WeightFiles] | None:
+    """Nothing if transformers has to convert names or shapes while loading."""
+    assert source.folder is not None  # random weights were written by now
+    # A copy: the model writes into its configuration.
+    files, base = WeightFiles(source.folder), skeleton(copy.deepcopy(source.config))
+    return (base, files) if fits(base, files) else None
 
 
 def gates_for(policy: Policy, source: ModelSource, gates: str | None) -> str | None:
@@ -126,18 +158,17 @@ def _find_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | Non
 
 
 def load_base(source: ModelSource, seed: int) -> PreTrainedModel:
-    """The plain model of ``source`` in float32, or seeded random weights of its shape.
+    """The plain model of ``source`` in float32; random weights are written first, unless they were before.
 
     Raises:
         ModelError: weights are missing or damaged.
         ConfigError: a negative seed.
+        BudgetError: the disk has no room for random weights.
     """
     if seed < 0:
         raise ConfigError(f"seed is {seed}, but must be >= 0")
     if source.random_weights:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval()
+        source = ensure_random_weights(source, seed)
     hf_logging.disable_progress_bar()
     loader: Any = AutoModelForCausalLM
     try:

@@ -18,41 +18,69 @@ ROPE_CHOICES = ("auto", "short", "long")
 _STATIC_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 
 
-def fix_rope(base: Any, choice: str = "auto") -> RopeInfo:
-    """Fixes the rotary frequencies of a transformers model in place.
+def choose_rope(config: Any, choice: str = "auto", stream_length: int | None = None) -> RopeInfo:
+    """Which rotary frequencies a model gets; needs no weights.
 
     Args:
-        base: the causal LM.
-        choice: for LongRoPE models ``short``, ``long`` or ``auto`` (= ``long``: streams have no end); else ``auto``.
+        config: transformers configuration.
+        choice: for LongRoPE models ``short``, ``long`` or ``auto``; else ``auto``.
+        stream_length: most tokens that a stream will have, for LongRoPE models. ``auto`` is ``short`` if they are no
+            more than the original training length, as in transformers, and ``long`` if they are more or not stated:
+            streams have no end.
 
     Returns:
         what was chosen, and the first position it is not right for (``short``: the original training length).
 
     Raises:
-        ConfigError: unknown choice, or a choice for a model without LongRoPE.
+        ConfigError: unknown choice, a length out of range, the two contradict each other, or they are for a model
+            without LongRoPE.
         ModelError: a rotary type whose frequencies depend on the length in another way.
     """
     if choice not in ROPE_CHOICES:
         raise ConfigError(f"rope variant {choice!r} is not known; use one of {', '.join(ROPE_CHOICES)}")
-    rotary = base.model.rotary_emb
-    if rotary.rope_type != "longrope":
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type != "longrope":
         if choice != "auto":
             raise ConfigError(
-                f"rope variant {choice!r} needs a LongRoPE model; this one uses {rotary.rope_type!r}: drop --rope"
+                f"rope variant {choice!r} needs a LongRoPE model; this one uses {rope_type!r}: drop --rope"
             )
-        if rotary.rope_type not in _STATIC_TYPES:
+        if stream_length is not None:
+            raise ConfigError(
+                f"a stream length only chooses LongRoPE factors, and this model uses {rope_type!r}: "
+                "drop --stream-length; every stream may be of any length"
+            )
+        if rope_type not in _STATIC_TYPES:
             raise ModelError(
-                f"rope type {rotary.rope_type!r} changes with the length and is not supported; "
+                f"rope type {rope_type!r} changes with the length and is not supported; "
                 f"supported: {', '.join((*_STATIC_TYPES, 'longrope'))}"
             )
         return RopeInfo("default", POSITION_LIMIT)
-    original = int(base.config.rope_parameters["original_max_position_embeddings"])
-    variant = "short" if choice == "short" else "long"
-    length = original if variant == "short" else original + 1
-    inv_freq, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
-        base.config, rotary.inv_freq.device, seq_len=length
-    )
-    rotary.inv_freq.copy_(inv_freq)
-    # Any other name keeps transformers from choosing again in each forward pass.
-    rotary.rope_type = f"longrope-{variant}"
-    return RopeInfo(variant, original if variant == "short" else POSITION_LIMIT)
+    if stream_length is not None and not 1 <= stream_length <= POSITION_LIMIT:
+        raise ConfigError(
+            f"stream length is {stream_length}, but must be 1 to {POSITION_LIMIT}, where angles stop being exact"
+        )
+    original = int(config.rope_parameters["original_max_position_embeddings"])
+    within = stream_length is not None and stream_length <= original
+    if choice == "short" and stream_length is not None and not within:
+        raise ConfigError(
+            f"the short LongRoPE factors are right for {original} tokens, but the stream length is {stream_length}: "
+            "use --rope long, or a shorter --stream-length"
+        )
+    if choice == "short" or (choice == "auto" and within):
+        return RopeInfo("short", original)
+    return RopeInfo("long", POSITION_LIMIT)
+
+
+def fix_rope(base: Any, choice: str = "auto", stream_length: int | None = None) -> RopeInfo:
+    """Fixes the rotary frequencies of a transformers causal LM in place; see :func:`choose_rope`."""
+    info = choose_rope(base.config, choice, stream_length)
+    if info.variant != "default":
+        rotary = base.model.rotary_emb
+        original = int(base.config.rope_parameters["original_max_position_embeddings"])
+        inv_freq, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
+            base.config, rotary.inv_freq.device, seq_len=original if info.variant == "short" else original + 1
+        )
+        rotary.inv_freq.copy_(inv_freq)
+        # Any other name keeps transformers from choosing again in each forward pass.
+        rotary.rope_type = f"longrope-{info.variant}"
+    return info

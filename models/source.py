@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from trimkv_edge.models.family import Family
 from trimkv_edge.models.registry import MODELS, family_of
 
 TINY = Path(__file__).parent / "tiny"
+RANDOM_FORMAT = 1  # of random weights: raised when the same seed would give other numbers
 _WEIGHTS = "model*.safetensors"
-_WANTED = [_WEIGHTS, "*.json", "*.jinja"]
+_NO_SHAPE = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+_SMALL = ["*.json", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class ModelSource:
     Attributes:
         name: what the user typed.
         origin: hub id, folder, or ``shipped``.
-        folder: weights and tokenizer; None for random weights without a folder.
+        folder: weights and tokenizer; with random weights the folder that the shape came from, None for a named one,
+            until :func:`~trimkv_edge.models.random_weights.ensure_random_weights` makes one.
         config: transformers configuration.
         gates: default gate of each kind: file or hub id.
     """
@@ -44,8 +49,7 @@ class ModelSource:
     def shape(self, gate_parameters: int = 0) -> ModelShape:
         """Sizes that memory depends on; weights are counted without being allocated."""
         config = self.config
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        parameters = sum(parameter.numel() for parameter in self.outline().parameters())
         return ModelShape(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -57,10 +61,29 @@ class ModelSource:
             parameters=parameters + gate_parameters,
         )
 
-    def weights_sha256(self) -> str:
-        """Hash over the weight files, or over the shape for random weights."""
+    def outline(self) -> Any:
+        """The model without weights: names and sizes of its tensors, on torch's meta device."""
+        with torch.device("meta"):
+            # A copy: transformers notes the dtype in the configuration it is given.
+            return AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the weights are stored in: what the configuration says, else float32."""
+        named = getattr(self.config, "dtype", None) or torch.float32
+        dtype = getattr(torch, named, None) if isinstance(named, str) else named
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ModelError(f"{self.name}: dtype {named!r} in its config.json is not known: use bfloat16 or float32")
+        return dtype
+
+    def weights_sha256(self, seed: int = 0) -> str:
+        """Hash over the weight files; for random weights over shape, dtype and ``seed``, which they follow from."""
         if self.folder is None or self.random_weights:
-            return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+            fields = self.config.to_dict()
+            for name in _NO_SHAPE:
+                fields.pop(name, None)
+            recipe = [RANDOM_FORMAT, seed, str(self.stored_dtype), fields]
+            return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
         files = sorted(self.folder.glob(_WEIGHTS))
         if len(files) == 1:
             return file_sha256(files[0])
@@ -88,10 +111,11 @@ def find_source(name: str, weights: Path | None = None, random_weights: bool = F
             raise ModelError(f"--random-weights with --weights {given} reads its config.json, and there is none")
         return _from_folder(name, str(given), given, dict(entry.gates) if entry else {}, random_weights)
     if random_weights and entry is not None:
-        config = AutoConfig.for_model(entry.family, **entry.shape)
+        # A copy: transformers completes the nested fields in place.
+        config = AutoConfig.for_model(entry.family, **copy.deepcopy(entry.shape))
         return ModelSource(name, entry.repo, None, config, family_of(entry.family), dict(entry.gates), True)
     repo = entry.repo if entry else name
-    folder = _download(name, repo, entry is not None)
+    folder = _download(name, repo, entry is not None, random_weights)
     return _from_folder(name, repo, folder, dict(entry.gates) if entry else {}, random_weights)
 
 
@@ -111,7 +135,7 @@ def _from_folder(name: str, origin: str, folder: Path, gates: dict[str, str], ra
     return ModelSource(name, origin, folder, config, family, gates, random_weights)
 
 
-def _download(name: str, repo: str, named: bool) -> Path:
+def _download(name: str, repo: str, named: bool, random_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -121,7 +145,8 @@ def _download(name: str, repo: str, named: bool) -> Path:
             "or give a hub id (owner/name) or a folder"
         )
     try:
-        return Path(snapshot_download(repo, allow_patterns=_WANTED, etag_timeout=5))
+        wanted = _SMALL if random_weights else [_WEIGHTS, *_SMALL]
+        return Path(snapshot_download(repo, allow_patterns=wanted, etag_timeout=5))
     except HFValidationError as error:
         raise ModelError(f"--model {name}: not a hub id, folder or known name ({_one_line(error)})") from error
     except Exception as error:  # the hub client's transport errors share no base class

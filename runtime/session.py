@@ -24,6 +24,7 @@ from trimkv_edge.runtime.streaming import TextDecoder, TextStream
 Progress = Callable[[int, int], None]
 _CONTEXT = 8  # newest tokens that the detokeniser sees of what came before
 _GREEDY = SamplingParams()
+_SHORT_FACTORS = "it was exported with the short LongRoPE factors; export again with --rope long for longer streams, "
 
 
 class Piece(NamedTuple):
@@ -44,6 +45,7 @@ class Session:
         engine: read and written by this session only.
         tokenizer: for text; without one, pieces have no text.
         trained_positions: stream length the model was trained for; passing it warns once per stream.
+        limit_hint: what sets the engine's position limit and how to lift it, for the message of the error.
         cache_size: bytes of the cache for the statistics; default: computed for float32.
         warn: called with the text of a warning; default: ``warnings.warn``.
     """
@@ -54,12 +56,14 @@ class Session:
         tokenizer: TextDecoder | None = None,
         *,
         trained_positions: int | None = None,
+        limit_hint: str = "",
         cache_size: int | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self._trained_positions = trained_positions
+        self._limit_hint = limit_hint
         self._cache_bytes = _float32_cache(engine) if cache_size is None else cache_size
         self._warn = warn
         self._clear()
@@ -71,14 +75,16 @@ class Session:
         engine: str | None = None,
         threads: int | None = None,
         *,
+        profile: bool = False,
         warn: Callable[[str], None] = warnings.warn,
     ) -> Session:
         """A session on an engine of ``artefact``; see :func:`~trimkv_edge.runtime.engines.load_engine`."""
         manifest = artefact.manifest
         return cls(
-            load_engine(artefact, engine, threads),
+            load_engine(artefact, engine, threads, profile=profile),
             artefact.tokenizer,
             trained_positions=manifest.model.max_position_embeddings,
+            limit_hint=_SHORT_FACTORS if manifest.rope.variant == "short" else "",
             cache_size=manifest.bytes.cache,
             warn=warn,
         )
@@ -125,11 +131,7 @@ class Session:
         given = ids.size
         if self._pending is not None:
             ids = np.concatenate([[self._pending], ids])
-        if self.engine.seen + ids.size > self.engine.position_limit:
-            raise PositionLimitError(
-                f"{ids.size} tokens after {self.engine.seen} pass the last position this model computes rightly "
-                f"({self.engine.position_limit - 1}): shorten the text or start a new stream (reset)"
-            )
+        self._check_limit(ids.size)
         self._waited_s, done = 0.0, 0
         if progress:
             progress(0, ids.size)
@@ -144,6 +146,13 @@ class Session:
             if progress:
                 progress(done, ids.size)
         self._prompt_tokens += given
+
+    def _check_limit(self, count: int) -> None:
+        if self.engine.seen + count > self.engine.position_limit:
+            raise PositionLimitError(
+                f"{count} more after {self.engine.seen} tokens pass the last position this model computes rightly "
+                f"({self.engine.position_limit - 1}): {self._limit_hint}shorten the text or start a new stream (reset)"
+            )
 
     def _checked(self, tokens: npt.ArrayLike) -> IntArray:
         ids = np.asarray(tokens).reshape(-1)
@@ -219,6 +228,7 @@ class Session:
         for left in reversed(range(count)):
             started = perf_counter()
             if self._pending is not None:
+                self._check_limit(1)
                 self._step(np.array([self._pending], np.int64))
                 self._decoded += 1
                 self._decode_s += perf_counter() - started

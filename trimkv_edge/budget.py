@@ -12,7 +12,7 @@ from trimkv_edge.errors import BudgetError, ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?)(I?B)?\s*", re.ASCII)
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _METADATA_BYTES = 4  # log_beta, float32, per slot and head
 _POSITION_BYTES = 8  # int64, per kept slot and head
 
@@ -59,8 +59,10 @@ def cache_bytes(shape: ModelShape, config: CacheConfig, dtype: str) -> int:
 
     Each head has M + B slots, and int64 positions of the M kept ones. With caps, a head has its cap + B slots for keys
     and values, the tables of log-betas and positions are as wide as the largest cap needs, and the number that each
-    head keeps is stored.
+    head keeps is stored. ``dtype`` is the model's; a cache of int8 keys and values says so itself.
     """
+    if config.kv_dtype == "int8":
+        dtype = "int8"
     if config.caps is None:
         return config.slots * entry_bytes(shape, dtype) + config.budget * shape.rows * _POSITION_BYTES
     every = [cap for heads in config.caps for cap in heads]

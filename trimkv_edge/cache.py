@@ -9,20 +9,29 @@ from torch import Tensor
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, StateError
 from trimkv_edge.eviction import find_policy, plan_moves, policy_of, select_survivors
+from trimkv_edge.kv_scales import LEVELS, KVScales
 from trimkv_edge.policies.base import KEY, MASS, WINDOW, Entries
 from trimkv_edge.pool import PooledCache
 
 
 def new_cache(
-    config: CacheConfig, num_layers: int, num_kv_heads: int, head_dim: int, batch: int = 1
+    config: CacheConfig,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    batch: int = 1,
+    scales: KVScales | None = None,
 ) -> StaticCache | PooledCache:
     """An empty float32 cache of the kind that the policy needs.
 
     Raises:
         ConfigError: settings that the policy cannot honour.
     """
-    kind = PooledCache if find_policy(config.policy).pooled else StaticCache
-    return kind(config, num_layers, num_kv_heads, head_dim, batch)
+    if find_policy(config.policy).pooled:
+        if config.kv_dtype != "float32":
+            raise ConfigError(f"policy {config.policy} keeps float32 keys and values only: use --kv-dtype float32")
+        return PooledCache(config, num_layers, num_kv_heads, head_dim, batch)
+    return StaticCache(config, num_layers, num_kv_heads, head_dim, batch, scales=scales)
 
 
 class StaticCache:
@@ -35,8 +44,11 @@ class StaticCache:
         mass: float32, shaped like ``log_beta``: attention received so far; None unless the policy reads it.
         seen: tokens read; live: filled slots, alike in every head.
 
+    Int8 keys and values are held as the float32 numbers that they stand for.
+
     Raises:
-        ConfigError: a policy whose heads share a budget, or settings that the policy cannot honour.
+        ConfigError: a policy whose heads share a budget, settings that the policy cannot honour, or int8 storage
+            without scales.
     """
 
     def __init__(
@@ -48,7 +60,13 @@ class StaticCache:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        scales: KVScales | None = None,
     ) -> None:
+        if (scales is None) != (config.kv_dtype == "float32"):
+            raise ConfigError(f"a cache of {config.kv_dtype} keys and values needs its scales, and no other has them")
+        self._scales = scales and [
+            [torch.from_numpy(x).unsqueeze(1) for x in table] for table in (scales.key, scales.value)
+        ]
         self.config = config
         rows = (batch, num_layers, num_kv_heads, config.slots)
         shape = (batch, num_kv_heads, config.slots, head_dim)
@@ -84,6 +102,8 @@ class StaticCache:
         start, end = self.live, self.live + query.shape[2]
         if end > self.config.slots:
             raise StateError(f"a chunk of {query.shape[2]} tokens does not fit {self.config.slots - start} free slots")
+        if self._scales:
+            key, value = (_on_grid(rows, table[layer]) for rows, table in zip((key, value), self._scales, strict=True))
         self.key[layer][:, :, start:end] = key
         self.value[layer][:, :, start:end] = value
         visible = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
@@ -170,6 +190,11 @@ class StaticCache:
         self.seen = 0
         self.live = 0
         self._queries = [None] * len(self.key)
+
+
+def _on_grid(rows: Tensor, scale: Tensor) -> Tensor:
+    """What int8 storage makes of ``rows [batch, kv_heads, T, head_dim]``: see :mod:`trimkv_edge.kv_scales`."""
+    return torch.clamp(torch.round(rows / scale), -LEVELS - 1, LEVELS) * scale
 
 
 def attention_weights(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from trimkv_edge.errors import BudgetError, ConfigError
 
 # RoPE angles are computed in float32 and a float32 holds every integer only up to here.
 POSITION_LIMIT = 2**24
+KV_DTYPES = ("float32", "int8")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class CacheConfig:
             share.
         caps: most entries that each KV head keeps, per layer, for budgets that heads share: what makes their shapes
             static. None outside exported graphs.
+        kv_dtype: how keys and values are stored: ``float32``, or ``int8`` with a scale for each channel.
 
     Raises:
         ConfigError: a value is out of range.
@@ -43,6 +45,7 @@ class CacheConfig:
     min_per_head: int = 0
     threshold: float = 0.0
     caps: tuple[tuple[int, ...], ...] | None = None
+    kv_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -79,6 +82,8 @@ class CacheConfig:
                 f"min per head {self.min_per_head} needs more entries than the budget of {self.budget} per head holds: "
                 "lower --min-per-head or raise --budget"
             )
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"KV dtype {self.kv_dtype!r} is not known: use one of {', '.join(KV_DTYPES)}")
         if self.caps is not None:
             self._check_caps(self.caps)
 

@@ -10,7 +10,7 @@ class ConfigError(TrimKVError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """A budget cannot be honoured (too small for one chunk, or larger than the memory at hand)."""
+    """A budget cannot be honoured (too small for one chunk, or larger than the memory or disk at hand)."""
 
 
 class ModelError(TrimKVError):
@@ -31,3 +31,7 @@ class StateError(TrimKVError):
 
 class VerificationError(TrimKVError):
     """An exported artefact does not agree with the eager model it was made from."""
+
+
+class HubError(TrimKVError):
+    """The model hub cannot be reached, does not know the token, or refuses an upload."""

@@ -88,13 +88,15 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Target:
-    """One exported form. ``files`` maps a role (``program``, ``decoder``, ``evict``) to a file of the folder."""
+    """One exported form. ``files`` maps a role (``program``, ``decoder``, ``evict``) to a file of the folder; ``speed``
+    is what :mod:`trimkv_edge.export.speed` measured."""
 
     __pydantic_config__ = _STRICT
     engine: str
     ops: str
     files: dict[str, str]
     parity: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class RetentionGate(nn.Module):
 
     def logit(self, x: Tensor) -> Tensor:
         """Raw gate logit z, ``[..., hidden_size] -> [..., num_kv_heads]``."""
-        hidden = self.act(self.linear1(x.to(self.linear1.weight.dtype)))
+        hidden = self.act(self.linear1(x.to(self.bias.dtype)))
         if self.kind == "rg":
             return self.linear2(hidden) + self.bias
         return self.linear3(self.act(self.linear2(hidden))) + self.bias

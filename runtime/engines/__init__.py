@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines.base import ArtefactEngine
@@ -77,13 +76,16 @@ def choose_engine(artefact: Artefact, name: str | None = None) -> str:
     )
 
 
-def load_engine(artefact: Artefact, name: str | None = None, threads: int | None = None) -> Engine:
+def load_engine(
+    artefact: Artefact, name: str | None = None, threads: int | None = None, *, profile: bool = False
+) -> ArtefactEngine:
     """Opens an engine with an empty cache.
 
     Args:
         artefact: from :meth:`Artefact.load`.
         name: a key of ``ENGINES``; default: the first target whose engine is installed.
         threads: threads of the engine; default: its own choice.
+        profile: note the time of every operator.
 
     Raises:
         BudgetError: the artefact needs more memory than is available; nothing was loaded.
@@ -94,7 +96,8 @@ def load_engine(artefact: Artefact, name: str | None = None, threads: int | None
     chosen = choose_engine(artefact, name)
     artefact.check_fits()
     manifest = artefact.manifest
-    return engine_class(chosen, manifest.cache)(artefact.folder, manifest, manifest.targets[chosen], threads)
+    kind = engine_class(chosen, manifest.cache)
+    return kind(artefact.folder, manifest, manifest.targets[chosen], threads, profile=profile)
 
 
 def engine_class(name: str, config: CacheConfig) -> type[ArtefactEngine]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 
 from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ArtefactError, ConfigError
 from trimkv_edge.manifest import Manifest, Target
+from trimkv_edge.runtime.profile import OperatorTime
 
 
 class ArtefactEngine(Engine):
@@ -16,12 +18,18 @@ class ArtefactEngine(Engine):
         folder: the artefact.
         manifest, target: its manifest and the target to run.
         threads: threads of the engine; None: its own choice.
+        profile: note the time of every operator, for :meth:`profile_rows`; slows each step down.
+
+    Attributes:
+        threads: as given, or what the engine chose; None if it does not say.
 
     Raises:
         ConfigError: threads below 1.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, profile: bool = False
+    ) -> None:
         model = manifest.model
         super().__init__(
             manifest.cache,
@@ -33,7 +41,23 @@ class ArtefactEngine(Engine):
         )
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}, but must be at least 1")
+        self.threads = threads
+        self._profiled = profile
         self._folder, self._target = folder, target
+
+    def profile_rows(self) -> list[OperatorTime]:
+        """Operators of all forward passes so far, the slowest first; ends the profile.
+
+        Raises:
+            ConfigError: the engine was opened without ``profile``.
+        """
+        if not self._profiled:
+            raise ConfigError("nothing was profiled: open the engine with profile")
+        self._profiled = False
+        return self._read_profile()
+
+    @abstractmethod
+    def _read_profile(self) -> list[OperatorTime]: ...
 
     def _file(self, role: str) -> Path:
         """The target's file of a role; raises :class:`ArtefactError` if it names none or the file is missing."""

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -16,8 +17,14 @@ from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
+from trimkv_edge.runtime.profile import OperatorTime, read_etdump
 
 _METHODS = ("forward", "evict", "reset", "read_kept", "write_kept", "read_state", "write_state")
+# Kernels beyond the binding's own: an operator, the package that holds the library, its file.
+_KERNELS = (
+    ("llama::custom_sdpa.out", "executorch.extension.llm.custom_ops", "*custom_ops_aot_lib.*"),
+    ("quantized_decomposed::embedding_byte.out", "executorch.kernels.quantized", "*quantized_ops_aot_lib.*"),
+)
 # Only where heads share a budget.
 _SHARED_BUDGET = ("read_lengths", "write_lengths")
 
@@ -38,13 +45,16 @@ class ExecuTorchProgram(ArtefactEngine):
 
     name = "executorch"
 
-    def __init__(self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None) -> None:
-        super().__init__(folder, manifest, target, threads)
+    def __init__(
+        self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, profile: bool = False
+    ) -> None:
+        super().__init__(folder, manifest, target, threads, profile=profile)
         path = self._file("program")
         with _native_log() as log:
-            self._torch, self._binding = _import_executorch(llama_ops=target.ops == "xnnpack")
+            self._torch, self._binding = _import_executorch(kernels=target.ops == "xnnpack")
             if threads is not None:
                 _set_threads(self._binding, threads)
+            self.threads = self._binding._threadpool_get_thread_count()
             self._methods = self._load(path, log)
         self._position, self._live, self._seen = (np.zeros(1, np.int64) for _ in range(3))
         self._token = np.zeros((1, 1), np.int64)
@@ -67,7 +77,9 @@ class ExecuTorchProgram(ArtefactEngine):
         """All methods now: loading one later would initialise buffers of those that have run."""
         try:
             self._program = self._binding._load_program(
-                str(path), program_verification=self._binding.Verification.InternalConsistency
+                str(path),
+                enable_etdump=self._profiled,
+                program_verification=self._binding.Verification.InternalConsistency,
             )
             names = {self._program.get_method_name(index) for index in range(self._program.num_methods())}
             missing = [name for name in self._wanted if name not in names]
@@ -123,6 +135,12 @@ class ExecuTorchProgram(ArtefactEngine):
                 f"ExecuTorch failed in {name} ({error}): the step was not counted, repeat it or reset"
             ) from error
         return outputs
+
+    def _read_profile(self) -> list[OperatorTime]:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "etdump"
+            self._program.write_etdump_result_to_file(str(path))
+            return read_etdump(path)
 
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
         self._position[0], self._live[0] = position, live
@@ -201,17 +219,19 @@ def _native_log() -> Iterator[IO[bytes]]:
             os.close(saved)
 
 
-def _import_executorch(llama_ops: bool) -> tuple[ModuleType, ModuleType]:
-    """torch and ExecuTorch's binding. The public wrapper, ``executorch.runtime``, would import the whole compiler."""
+def _import_executorch(kernels: bool) -> tuple[ModuleType, ModuleType]:
+    """torch and ExecuTorch's binding, with the libraries of ``_KERNELS`` if ``kernels``.
+
+    The public wrapper, ``executorch.runtime``, would import the whole compiler.
+    """
     try:
         import torch
         from executorch.extension.pybindings import _C as binding
 
-        if llama_ops and "llama::custom_sdpa.out" not in binding._get_operator_names():
-            from executorch.extension.llm import custom_ops
-
-            (library,) = Path(custom_ops.__path__[0]).glob("*custom_ops_aot_lib.*")
-            torch.ops.load_library(library)
+        for operator, package, pattern in _KERNELS if kernels else ():
+            if operator not in binding._get_operator_names():
+                (library,) = Path(import_module(package).__path__[0]).glob(pattern)
+                torch.ops.load_library(library)
     except (ImportError, ValueError) as error:
         raise TrimKVError(
             f"the executorch engine needs executorch and torch ({error}): pip install 'trimkv-edge[executorch]'"

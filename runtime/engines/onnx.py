@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import psutil
 
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, TrimKVError
+from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
+from trimkv_edge.runtime.profile import OperatorTime, read_onnxruntime
 
 # The one place that says where graphs run.
 PROVIDERS = ("CPUExecutionProvider",)
@@ -42,15 +45,24 @@ class OnnxEngine(ArtefactEngine):
     name = "onnx"
 
     def __init__(
-        self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, aliased: bool = True
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: Target,
+        threads: int | None = None,
+        *,
+        profile: bool = False,
+        aliased: bool = True,
     ) -> None:
-        super().__init__(folder, manifest, target, threads)
+        super().__init__(folder, manifest, target, threads, profile=profile)
+        self._scratch = tempfile.TemporaryDirectory(prefix="trimkv-profile-") if profile else None
         self._ort = _import_onnxruntime()
         self._aliased = aliased
-        threads = threads or _physical_cores()
-        self._decoder = self._load("decoder", threads)
-        self._evictor = self._load("evict", threads)
+        self.threads = threads or _physical_cores()
+        self._decoder = self._load("decoder", self.threads)
+        self._evictor = self._load("evict", self.threads)
         self._position, self._live_length, self._seen = (np.zeros(1, np.int64) for _ in range(3))
+        self._scales = self._load_scales()
         self._arrays = self._allocate()
         self._spare = {} if aliased else self._allocate()
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
@@ -64,10 +76,19 @@ class OnnxEngine(ArtefactEngine):
         """All state tensors, zeroed."""
         rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
         shape = (1, self.num_kv_heads, slots, self.head_dim)
-        arrays: dict[str, Array] = {name: np.zeros(shape, np.float32) for name in self._caches()}
+        stored = np.int8 if self._scales else np.float32
+        arrays: dict[str, Array] = {name: np.zeros(shape, stored) for name in self._caches()}
         arrays["log_beta"] = np.zeros((slots, rows), np.float32)
         arrays["positions"] = np.zeros((rows, self.config.budget), np.int64)
         return arrays
+
+    def _read_profile(self) -> list[OperatorTime]:
+        return read_onnxruntime(Path(self._decoder.end_profiling()))
+
+    def _load_scales(self) -> KVScales | None:
+        if self.config.kv_dtype == "float32":
+            return None
+        return load_scales(self._file("kv_scales"), (self.num_layers, self.num_kv_heads, self.head_dim))
 
     def _caches(self) -> list[str]:
         """Names of the key and value tensors that the evict graph sees."""
@@ -94,6 +115,9 @@ class OnnxEngine(ArtefactEngine):
         options.log_severity_level = 3
         # Patterns are kept per chunk length, so mixed lengths would make memory grow.
         options.enable_mem_pattern = False
+        if self._scratch and role == "decoder":
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._scratch.name) / role)
         if role == "evict":
             # It runs once per buffer: its idle threads must not compete with the decoder's.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -107,13 +131,14 @@ class OnnxEngine(ArtefactEngine):
             ) from error
 
     def _check_inputs(self, path: Path, session: Any, names: list[str]) -> None:
-        found = {node.name: node.shape for node in session.get_inputs()}
+        found = {node.name: (node.shape, node.type) for node in session.get_inputs()}
         for name in names:
-            want = list(self._arrays[name].shape)
+            array = self._arrays[name]
+            want = (list(array.shape), f"tensor({'float' if array.dtype == np.float32 else array.dtype})")
             have = found.get(f"past.{name}")
             if have != want:
                 raise ArtefactError(
-                    f"{path} has input past.{name} of shape {have}, but the manifest means {want}: "
+                    f"{path} has input past.{name} of shape and type {have}, but the manifest means {want}: "
                     "files of two artefacts are mixed, export it again"
                 )
 
@@ -180,15 +205,20 @@ class OnnxEngine(ArtefactEngine):
             np.concatenate([self._arrays[f"{layer}.{kind}"] for layer in range(self.num_layers)])
             for kind in ("key", "value")
         )
+        if self._scales:
+            key, value = from_int8(key, self._scales.key), from_int8(value, self._scales.value)
         by_slot = self._arrays["log_beta"].reshape(-1, self.num_layers, self.num_kv_heads)
         return key, value, by_slot.transpose(1, 2, 0)
 
     def _write(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
+        rows: tuple[Array, Array] = (key, value)
+        if self._scales:
+            rows = to_int8(key, self._scales.key), to_int8(value, self._scales.value)
         for layer in range(self.num_layers):
-            self._arrays[f"{layer}.key"][0] = key[layer]
-            self._arrays[f"{layer}.value"][0] = value[layer]
+            self._arrays[f"{layer}.key"][0] = rows[0][layer]
+            self._arrays[f"{layer}.value"][0] = rows[1][layer]
         self._arrays["log_beta"][:] = log_beta.transpose(2, 0, 1).reshape(self.config.slots, -1)
         self._arrays["positions"][:] = kept.reshape(-1, self.config.budget)
 

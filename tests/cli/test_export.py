@@ -42,6 +42,20 @@ def test_dry_run_estimates_and_writes_nothing(model: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_random_weights_say_where_and_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMKV_CACHE", str(tmp_path / "cache"))
+    shown = run("--model", "phi-3-mini", "--random-weights", "--seed", "7", "--dry-run", cwd=tmp_path)
+    # 3,821,079,552 parameters of 2 bytes.
+    expected = f"weights   random, seed 7: 7.12 GiB in {tmp_path / 'cache' / 'random-weights' / 'phi-3-mini-'}"
+    assert expected in shown.stdout, shown.stderr
+    assert "-seed7, to be written" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+    arguments = ("--model", "phi-3-mini", "--random-weights", "--rope", "short", "--stream-length", "5000")
+    refused = run(*arguments, "--dry-run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "right for 4096 tokens, but the stream length is 5000" in refused.stderr
+
+
 def test_streaming_has_the_published_sinks_unless_told(model: Path, tmp_path: Path) -> None:
     arguments = ("--model", str(model), "--random-weights", "--buffer", "16", "--dry-run", "--policy", "streaming")
     shown = run(*arguments, cwd=tmp_path).stdout
@@ -61,6 +75,7 @@ def test_streaming_has_the_published_sinks_unless_told(model: Path, tmp_path: Pa
         (["--target", "coreml"], "target 'coreml' is not known"),
         (["--gates", "none.safetensors"], "no gate file at none.safetensors"),
         (["--rope", "long"], "needs a LongRoPE model"),
+        (["--stream-length", "100"], "a stream length only chooses LongRoPE factors"),
         (["--seed", "-1"], "seed is -1"),
         (["--policy", "h2o"], "export one of trimkv, global, layer, streaming, keydiff, random"),
         (["--gates", "none"], "policy trimkv ranks by retention gates"),

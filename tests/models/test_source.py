@@ -14,18 +14,31 @@ from trimkv_edge.models.loading import load_model
 from trimkv_edge.models.registry import MODELS
 from trimkv_edge.models.source import find_source
 
-# Parameters of the published checkpoints, from their model cards, in millions.
+# Parameters of the published checkpoints, as their safetensors files count them.
 PUBLISHED = {
-    "phi-3-mini": 3821,
-    "phi-3-mini-4k": 3821,
-    "qwen3-0.6b": 596,
-    "qwen3-1.7b": 1721,
-    "qwen3-4b": 4022,
-    "qwen3-8b": 8191,
-    "qwen3-14b": 14768,
-    "llama-3.2-1b": 1236,
-    "llama-3.2-3b": 3213,
-    "r1-distill-llama-8b": 8030,
+    "phi-3-mini": 3_821_079_552,
+    "phi-3-mini-4k": 3_821_079_552,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "r1-distill-llama-8b": 8_030_261_248,
+}
+
+# What the size does not show, from the hub's config.json and generation_config.json:
+# rms_norm_eps, theta, rope type, positions, sliding window, tied, bos, eos, eos of generation.
+_LLAMA = (1e-5, 500_000.0, "llama3", 131_072, None, True, 128_000, [128_001, 128_008, 128_009])
+DETAILS = {
+    "phi-3-mini": (1e-5, 10_000.0, "longrope", 131_072, 262_144, False, 1, 32_000, [32_000, 32_001, 32_007]),
+    "phi-3-mini-4k": (1e-5, 10_000.0, "default", 4_096, 2_047, False, 1, 32_000, [32_000, 32_001, 32_007]),
+    "qwen3-4b": (1e-6, 1e6, "default", 40_960, None, True, 151_643, 151_645, [151_645, 151_643]),
+    "qwen3-8b": (1e-6, 1e6, "default", 40_960, None, False, 151_643, 151_645, [151_645, 151_643]),
+    "llama-3.2-1b": (*_LLAMA, [128_001, 128_008, 128_009]),
+    "llama-3.2-3b": (*_LLAMA, [128_001, 128_008, 128_009]),
+    "r1-distill-llama-8b": (1e-5, 500_000.0, "llama3", 131_072, None, False, 128_000, 128_001, []),
 }
 
 
@@ -42,7 +55,33 @@ def test_every_named_model_is_listed() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_named_shapes_have_the_published_size(name: str) -> None:
     source = find_source(name, random_weights=True)
-    assert round(source.shape().parameters / 1e6) == PUBLISHED[name]
+    assert source.shape().parameters == PUBLISHED[name]
+    assert source.stored_dtype == torch.bfloat16
+    assert source.config.initializer_range == 0.02
+
+
+@pytest.mark.parametrize("name", DETAILS)
+def test_named_shapes_are_the_hubs(name: str) -> None:
+    config = find_source(name, random_weights=True).config
+    rope = config.rope_parameters
+    found = (
+        config.rms_norm_eps,
+        rope["rope_theta"],
+        rope["rope_type"],
+        config.max_position_embeddings,
+        getattr(config, "sliding_window", None),
+        config.tie_word_embeddings,
+        config.bos_token_id,
+        config.eos_token_id,
+        MODELS[name].stops,
+    )
+    assert found == DETAILS[name]
+    if rope["rope_type"] == "longrope":
+        assert rope["original_max_position_embeddings"] == 4096
+    if rope["rope_type"] == "llama3":
+        scaling = [rope[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")]
+        assert scaling == [1.0, 4.0, 8192]
+        assert rope["factor"] == (8.0 if name == "r1-distill-llama-8b" else 32.0)
 
 
 @pytest.mark.usefixtures("offline")
@@ -132,8 +171,10 @@ def test_rope_choice_is_checked(tmp_path: Path) -> None:
     base_config("llama-gqa").save_pretrained(tmp_path / "plain")
     long = find_source(str(tmp_path / "long"), random_weights=True)
     assert load_model(long).rope.variant == "long"
-    short = load_model(long, rope="short").rope
-    assert (short.variant, short.position_limit) == ("short", 32)
+    for chosen in (dict(rope="short"), dict(stream_length=32)):
+        short = load_model(long, **chosen).rope
+        assert (short.variant, short.position_limit) == ("short", 32)
+    assert load_model(long, stream_length=33).rope.variant == "long"
     plain = find_source(str(tmp_path / "plain"), random_weights=True)
     with pytest.raises(ConfigError, match="needs a LongRoPE model"):
         load_model(plain, rope="short")

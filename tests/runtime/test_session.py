@@ -239,6 +239,19 @@ def test_a_prompt_past_the_position_limit_is_refused_before_anything_is_read() -
     assert run.engine.seen == 20
 
 
+def test_the_position_limit_says_what_sets_it() -> None:
+    run = Session(NumpyEngine(CONFIG, position_limit=20), limit_hint="short factors; export again, ")
+    run.feed(tokens(19))
+    with pytest.raises(
+        PositionLimitError, match=r"^2 more after 19 tokens pass .*\(19\): short factors; export again, "
+    ):
+        run.feed(tokens(2))
+    generation = run.generate(50)
+    assert len(list(islice(generation, 2))) == 2
+    with pytest.raises(PositionLimitError, match=r"^1 more after 20 tokens pass .*: short factors; export again, "):
+        next(generation)
+
+
 def test_generation_reaches_the_position_limit_with_all_its_text_and_a_clean_state() -> None:
     run = session(position_limit=20)
     run.feed(tokens(10))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from trimkv_edge.budget import format_bytes, full_cache_bytes
 from trimkv_edge.cli.common import parse_share, quiet_libraries, run_cli
+from trimkv_edge.cli.push import add_hub_options, check_hub, hub_repo, push
 from trimkv_edge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ examples:
   trimkv-export --model tiny --budget 2MB --dry-run       what would it cost?
   trimkv-export --model tiny --policy global --budget 128 one budget for all layers and heads; caps found on the way
   trimkv-export --model tiny --policy global --caps caps.json     caps that trimkv-calibrate found
+  trimkv-export --model tiny --push-to-hub me/tiny-trimkv --private     upload it too (trimkv-push: one that exists)
 
 The budget is what each KV head keeps: 512 is 512 entries per head, 64MB is the whole cache, ring buffer included
 (binary units: 64 MiB).
@@ -43,12 +45,16 @@ over a stream with at least five eviction events. If it does not, nothing is wri
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        prog="trimkv-export",
-        description="Export a model with retention gates to ExecuTorch (.pte) and ONNX, with a KV cache of fixed size.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return configure(argparse.ArgumentParser(prog="trimkv-export"))
+
+
+def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Makes ``parser`` that of this command; ``optimum-cli export trimkv`` brings its own."""
+    parser.description = (
+        "Export a model with retention gates to ExecuTorch (.pte) and ONNX, with a KV cache of fixed size."
     )
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(
         "--model",
@@ -112,7 +118,33 @@ def build_parser() -> argparse.ArgumentParser:
         help="rg or rg10 of the model's own, none, or others, ours or published",
     )
     add("--dtype", default="float32", help="float32")
-    add("--rope", default="auto", help="LongRoPE models: short, long or auto (= long)")
+    add(
+        "--quant",
+        default="none",
+        metavar="SCHEME",
+        help="weights in fewer bits: int8, int4 (onnx), 8da4w (both targets; in onnx the same as int4) or none "
+        "(default)",
+    )
+    add(
+        "--kv-dtype",
+        default="float32",
+        metavar="DTYPE",
+        help="keys and values of the cache: float32 (default) or int8 (onnx: a quarter of the bytes, and faster)",
+    )
+    add(
+        "--rope",
+        default="auto",
+        metavar="SET",
+        help="LongRoPE models: short or long factors, fixed at export; auto (default) takes long, unless "
+        "--stream-length says that short will do",
+    )
+    add(
+        "--stream-length",
+        type=int,
+        metavar="N",
+        help="LongRoPE models: most tokens of a stream; up to the original training length (4096 for Phi-3) "
+        "auto takes short, and the runtime refuses longer streams (default: without end)",
+    )
     add(
         "--weights",
         type=Path,
@@ -122,9 +154,17 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--random-weights",
         action="store_true",
-        help="no weights: seeded random ones, for shape work; recorded in the manifest",
+        help="no weights: seeded random ones, for shape work; written once to $TRIMKV_CACHE (default "
+        "~/.cache/trimkv-edge) in the hub's layout; recorded in the manifest",
     )
-    add("--seed", type=int, default=0, help="seed of random weights")
+    add("--seed", type=int, default=0, help="seed of random weights and gates (default 0)")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the artefact to the model hub when it is verified")
+    add_hub_options(parser)
+    add(
+        "--restart",
+        action="store_true",
+        help="pack all weights again instead of going on where an interrupted export stopped",
+    )
     add("--force", action="store_true", help="replace the output folder if it exists")
     add("--dry-run", action="store_true", help="print the estimate and stop")
     return parser
@@ -133,11 +173,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = build_parser().parse_args(argv)
-    run_cli(lambda: _export(args))
+    run_cli(lambda: export(args))
 
 
-def _export(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace) -> None:
+    """What the command does with parsed options."""
     quiet_libraries()
+    repo = hub_repo(args)
     # torch and transformers take seconds to import: --help and option errors do not wait for them.
     from trimkv_edge.export.pipeline import plan_export, run_export
 
@@ -147,6 +189,8 @@ def _export(args: argparse.Namespace) -> None:
     for line in describe_plan(plan):
         print(line)
     plan.check_fits()
+    if repo is not None:
+        check_hub(repo)
     if args.dry_run:
         return
     step = 0
@@ -160,7 +204,7 @@ def _export(args: argparse.Namespace) -> None:
         steps = 1 + 2 * len(plan.ops) + (plan.request.caps == "auto")
         print(f"[{step}/{steps}] {line}", flush=True)
 
-    with tqdm(total=0, unit="tok", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=0, unit="", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             if done < bar.n:
@@ -171,6 +215,8 @@ def _export(args: argparse.Namespace) -> None:
         manifest = run_export(plan, report, progress)
     for line in describe_result(manifest, request.output, time.perf_counter() - started):
         print(line)
+    if repo is not None:
+        push(request.output, repo)
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:
@@ -203,10 +249,14 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         ops=tuple(op for op in (args.executorch_ops, args.onnx_ops) if op is not None),
         gates=args.gates,
         dtype=args.dtype,
+        quant=args.quant,
+        kv_dtype=args.kv_dtype,
         rope=args.rope,
+        stream_length=args.stream_length,
         weights=args.weights,
         random_weights=args.random_weights,
         seed=args.seed,
+        restart=args.restart,
         force=args.force,
     )
 
@@ -231,13 +281,25 @@ def describe_plan(plan: ExportPlan) -> list[str]:
         f"{shape.num_layers} layers x {shape.num_kv_heads} KV heads x {shape.head_dim}",
         f"cache     {format_bytes(memory.cache)} for ever: {config.budget} kept + {config.buffer} new entries per head "
         f"{_sharing(plan)}(a full cache at 32k tokens: {format_bytes(at_32k)})",
+        *_describe_random(plan),
         f"policy    {config.policy}{protected}",
         f"gates     {_describe_gates(*plan.gates)}",
         f"to run    {format_bytes(memory.peak)}: weights {format_bytes(memory.weights)}, cache, "
         f"workspace {format_bytes(memory.workspace)}",
-        f"to export about {format_bytes(plan.export_peak)} of memory; targets: "
+        f"to export about {format_bytes(plan.cost.memory)} of memory, {format_bytes(plan.cost.disk)} of disk, "
+        f"{max(1, round(plan.cost.seconds / 60))} min; targets: "
         + ", ".join(f"{name} ({ops})" for name, ops in plan.ops.items()),
     ]
+
+
+def _describe_random(plan: ExportPlan) -> list[str]:
+    from trimkv_edge.models.random_weights import plan_random_weights
+
+    if not plan.source.random_weights:
+        return []
+    made = plan_random_weights(plan.source, plan.request.seed)
+    state = "there already" if made.ready else "to be written"
+    return [f"weights   random, seed {plan.request.seed}: {format_bytes(made.bytes)} in {made.folder}, {state}"]
 
 
 def _sharing(plan: ExportPlan) -> str:

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = parser.add_argument_group("reports").add_argument
     report("--stats", choices=["text", "json"], help="print statistics to stderr; json is its last line")
     report("--stats-file", type=Path, metavar="FILE", help="write statistics as JSON to FILE")
+    report("--profile", action="store_true", help="print where the engine's time went, by operator, to stderr")
     report("--progress", action="store_true", help="show the prompt's progress even if stderr is no terminal")
     return parser
 
@@ -85,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
     tokens = encode_prompt(artefact, prompt, args.chat)
     if artefact.manifest.model.random_weights:
         _warn("this artefact has random weights: its text means nothing")
-    session = Session.open(artefact, args.engine, args.threads, warn=_warn)
+    session = Session.open(artefact, args.engine, args.threads, profile=args.profile, warn=_warn)
     stops = [_unescape(stop) for stop in args.stop]
     assert artefact.manifest.tokenizer is not None  # encode_prompt checked it
     eos = artefact.manifest.tokenizer.eos_token_ids
@@ -205,6 +206,12 @@ def _stream(session: Session, count: int, sampling: SamplingParams, eos: list[in
 
 def _report(session: Session, args: argparse.Namespace) -> None:
     statistics = session.statistics()
+    if args.profile:
+        from trimkv_edge.runtime.engines.base import ArtefactEngine
+        from trimkv_edge.runtime.profile import lines
+
+        assert isinstance(session.engine, ArtefactEngine)
+        print(*lines(session.engine.profile_rows()), sep="\n", file=sys.stderr, flush=True)
     engine = session.engine.name
     if args.stats_file is not None:
         args.stats_file.write_text(json.dumps({"engine": engine, **statistics.as_dict()}) + "\n", encoding="utf-8")

@@ -85,7 +85,7 @@ def plan(args: argparse.Namespace, settings: dict[str, Any]) -> Job:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise ConfigError("DeepSpeed is not supported: leave --use_deepspeed out, and give trimkv-train --fsdp")
     source = find_source(args.model, args.weights, args.random_weights)
-    shape, digest = GateShape.of(source.config), source.weights_sha256()
+    shape, digest = GateShape.of(source.config), source.weights_sha256(args.seed)
     width = settings.pop("intermediate_size") or min(source.family.gate_intermediate_size, source.config.hidden_size)
     initial = None
     if args.init_gates:

@@ -1,0 +1,131 @@
+"""Compares every target of a finished artefact with the eager model of the same numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trimkv_edge.engine import Engine
+from trimkv_edge.export.layerwise import LayerwiseReference
+from trimkv_edge.export.quantization import SCHEMES
+from trimkv_edge.export.reference import ReferenceWeights
+from trimkv_edge.export.speed import measure_speed
+from trimkv_edge.export.targets import TARGETS
+from trimkv_edge.export.tokenizer import sample_tokens
+from trimkv_edge.export.verify import ParityReport, check, compare, load_tolerance, stream_plan
+from trimkv_edge.kv_scales import KVScales
+from trimkv_edge.manifest import Manifest, Target
+from trimkv_edge.models.eager import eager_engine
+from trimkv_edge.models.loading import LoadedModel
+from trimkv_edge.runtime.engines import engine_class
+
+# Above so many bytes of float32 weights the reference holds one layer at a time, and few single tokens are compared.
+IN_MEMORY = 2 * 2**30
+_SINGLES = 16
+Report = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What all comparisons of an artefact share."""
+
+    manifest: Manifest
+    loaded: LoadedModel
+    folder: Path
+    report: Report
+    progress: Progress | None
+    scales: KVScales | None
+
+    @property
+    def large(self) -> bool:
+        """Where heads share a budget, layers cannot be run one after the other."""
+        return 4 * self.loaded.info.parameters > IN_MEMORY and self.manifest.cache.caps is None
+
+    @property
+    def plan(self) -> list[int]:
+        cache = self.manifest.cache
+        return stream_plan(
+            cache.budget,
+            cache.buffer,
+            cache.prefill_chunk,
+            pooled=cache.caps is not None,
+            singles=_SINGLES if self.large else None,
+        )
+
+    def reference(self, weights: ReferenceWeights, tokens: Sequence[int], scratch: Path) -> Engine:
+        cache = self.manifest.cache
+        if self.large:
+            self.report("  the eager model, layer by layer")
+            return LayerwiseReference(weights, cache, tokens, self.plan, scratch, self.progress, self.scales)
+        return eager_engine(weights.fill(weights.model), cache, self.manifest.rope.position_limit, self.scales)
+
+    def run(
+        self, name: str, target: Target, reference: Engine, tokens: Sequence[int], row: str
+    ) -> tuple[ParityReport, Engine]:
+        """Compares one target; ``row`` of the tolerances decides."""
+        plan = self.plan
+        tolerance = load_tolerance(row)
+        artefact = engine_class(name, self.manifest.cache)(self.folder, self.manifest, target)
+        done = 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            if self.progress:
+                self.progress(done, sum(plan))
+
+        result = compare(reference, artefact, tokens, plan, tolerance.score_rel, count, scripted=self.large)
+        if self.loaded.info.random_weights and row == "dynamic":
+            # Random logits are nearly flat: rounding decides which one is the largest.
+            tolerance = replace(tolerance, greedy_share=1.0)
+        check(result, tolerance, f"the {name} artefact")
+        return result, artefact
+
+
+def verify_targets(
+    manifest: Manifest,
+    loaded: LoadedModel,
+    folder: Path,
+    report: Report,
+    progress: Progress | None = None,
+    scales: KVScales | None = None,
+) -> Manifest:
+    """Compares each target with the eager model and returns the manifest with the parity reports in it.
+
+    Where an engine rounds activations while it runs, results cannot be equal. Such a target is compared twice where it
+    can be: its graph with float32 activations, which must keep the same survivors and give the same greedy tokens, and
+    as it is, which must agree as ``tolerances.yaml`` says; that report is under ``dynamic``.
+
+    Raises:
+        VerificationError: a target does not agree.
+    """
+    scheme = SCHEMES[manifest.quantization]
+    job = _Check(manifest, loaded, folder, report, progress, scales)
+    # Where a key lies between two int8 levels, the last bit of float32 decides.
+    row = "int8_cache" if scales else manifest.dtype
+    tokens = sample_tokens(folder, manifest.tokenizer, manifest.model.vocab_size, sum(job.plan))
+    targets = {}
+    for name, target in manifest.targets.items():
+        spec = TARGETS[name]
+        report(f"verifying {name}: {sum(job.plan)} tokens, every survivor and greedy token against the eager model")
+        weights = ReferenceWeights(loaded.model, loaded.weights, scheme, spec.rounding)
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=folder) as scratch:
+            reference = job.reference(weights, tokens, Path(scratch))
+            parity: dict[str, Any] = {}
+            if name not in scheme.dynamic:
+                result, artefact = job.run(name, target, reference, tokens, row)
+                parity = result.as_dict()
+            else:
+                if spec.with_float_activations is not None:
+                    report("  with float32 activations")
+                    exact = spec.with_float_activations(folder, target, Path(scratch))
+                    parity = job.run(name, exact, reference, tokens, row)[0].as_dict()
+                    report("  as it is")
+                result, artefact = job.run(name, target, reference, tokens, "dynamic")
+                parity = {**(parity or result.as_dict()), "dynamic": result.as_dict()}
+        targets[name] = replace(target, parity=parity, speed=measure_speed(artefact))
+    return replace(manifest, targets=targets)

@@ -1,0 +1,101 @@
+"""What an export costs, before anything is built. The constants are measured (``benchmarks/export_cost.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from trimkv_edge.budget import ModelShape
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.export.check_artefact import IN_MEMORY
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.verify import MIN_EVENTS
+
+_FLOAT = 4
+# torch, transformers, the exporter and the engine, with a graph of a few hundred nodes.
+_LIBRARIES = 900 * 2**20
+# A matrix while it is packed: as read, as float32, transposed, padded and packed.
+_PACKING = 3.2
+# Seconds on a core that adds up to a million in _REFERENCE_LOOP seconds: imports and small graphs, and by layer.
+_REFERENCE_LOOP = 0.045
+_START = {"onnx": 25.0, "executorch": 25.0}
+_LAYER = {"onnx": 1.6, "executorch": 6.0}
+# Seconds for each million parameters to read, round and write, and to read and round for the reference.
+_PACK = 0.025
+_ROUND = 0.025
+
+
+@dataclass(frozen=True)
+class ExportCost:
+    """Estimated peak resident bytes, bytes on disk (artefact, and what verification keeps there) and seconds."""
+
+    memory: int
+    disk: int
+    seconds: float
+
+
+def estimate(
+    shape: ModelShape,
+    config: CacheConfig,
+    targets: Sequence[str],
+    scheme: Scheme,
+    *,
+    stored: int,
+    cache: int,
+    largest: int,
+    gates: int,
+) -> ExportCost:
+    """The cost of an export on this machine, whose speed is tried out for a moment.
+
+    Args:
+        stored: bytes of the weights in the artefact; cache: bytes of the cache.
+        largest: bytes of the largest parameter in float32.
+        gates: bytes of the gates in float32, which are in memory all the time.
+    """
+    large = is_large(shape, config)
+    held = MIN_EVENTS * 2 * config.slots * shape.rows * shape.head_dim * _FLOAT if large else 0
+    memory = _LIBRARIES + gates + _peak(shape, config, targets, stored, cache, largest)
+    return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme, large))
+
+
+def is_large(shape: ModelShape, config: CacheConfig) -> bool:
+    """Whether verification holds one layer at a time."""
+    return _FLOAT * shape.parameters > IN_MEMORY and config.caps is None
+
+
+def _peak(shape: ModelShape, config: CacheConfig, targets: Sequence[str], stored: int, cache: int, largest: int) -> int:
+    """The worst stage; stages hold nothing of each other."""
+    full = shape.parameters * _FLOAT
+    # The engine keeps packed copies beside the mapped file; the reference is whole or one layer.
+    engine = 2 * stored + 2 * cache
+    reference = full // shape.num_layers * 3 + cache if is_large(shape, config) else full + cache
+    return max(int(_PACKING * largest), engine + reference)
+
+
+def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], scheme: Scheme, large: bool) -> float:
+    loop, flops = _speed()
+    millions = shape.parameters / 1e6
+    tokens = config.budget + (MIN_EVENTS + 0.5) * config.buffer
+    read = 2 * shape.parameters * tokens / flops
+    total = 0.0
+    for target in targets:
+        graph = (_START[target] + _LAYER[target] * shape.num_layers) * loop / _REFERENCE_LOOP
+        runs = 2 if target in scheme.dynamic and target == "onnx" else 1
+        total += graph + millions * (_PACK + _ROUND) + read * (1 + runs)
+    return total
+
+
+def _speed() -> tuple[float, float]:
+    """Seconds of a loop in Python, and floating-point operations per second of torch."""
+    started = perf_counter()
+    sum(number for number in range(1_000_000))
+    loop = perf_counter() - started
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+    torch.mm(left, right)
+    started = perf_counter()
+    for _ in range(3):
+        torch.mm(left, right)
+    return loop, 3 * 2 * 512 * 1024 * 1024 / (perf_counter() - started)

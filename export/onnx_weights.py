@@ -1,0 +1,241 @@
+"""Linear layers and embeddings as ONNX operators with weights that are read, rounded and packed one at a time.
+
+While tracing, the modules hold views of one zero in the shapes that the operators want; :func:`fill` gives the traced
+graph lazy initialisers instead, so that saving it never holds more than a few tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops as onnx_ops
+
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.quantization.bits import module_bits
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.skeleton import Weights, parameter_slots
+
+# One scale for so many weights: what ONNX Runtime's kernels are fastest with.
+BLOCK = 32
+# MatMulNBits: activations rounded to int8 by block; 0 would compute in float32.
+INT8_ACTIVATIONS = 4
+# Elements of tensors that are real while tracing: the exporter merges small initialisers that look alike.
+_SMALL = 2**16
+Array = npt.NDArray[Any]
+Source = Callable[[], Array]
+
+
+class Stored(nn.Module):
+    """A layer whose tensors stand for what ``sources`` will give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: dict[str, Source] = {}
+
+    def store(self, name: str, shape: tuple[int, ...], source: Source, dtype: torch.dtype = torch.float32) -> None:
+        """Adds a tensor of ``shape``, which takes no memory if it is large."""
+        if math.prod(shape) <= _SMALL:
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(source())).view(shape))
+        else:
+            self.register_buffer(name, torch.zeros(1, dtype=dtype).expand(shape))
+            self.sources[name] = source
+
+
+class PlainLinear(Stored):
+    """``x @ W``; W is stored as the operator reads it, so that nothing has to be transposed."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, linear: nn.Linear, load: dict[str, Source]) -> None:
+        super().__init__()
+        weight = load["weight"]
+        self.store("weight", (linear.in_features, linear.out_features), lambda: weight().T)
+        self.with_bias = linear.bias is not None
+        if self.with_bias:
+            self.store("bias", (linear.out_features,), load["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        out = x @ self.weight
+        return out + self.bias if self.with_bias else out
+
+
+class QuantizedLinear(Stored):
+    """``com.microsoft::MatMulNBits``: symmetric, blocks of :data:`BLOCK` along the input."""
+
+    packed: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, linear: nn.Linear, load: dict[str, Source], bits: int) -> None:
+        super().__init__()
+        self.size, self.bits = (linear.out_features, linear.in_features), bits
+        rows, blocks = linear.out_features, -(-linear.in_features // BLOCK)
+        quantized = _Quantized(load["weight"], bits)
+        self.store("packed", (rows, blocks, BLOCK * bits // 8), lambda: quantized()[0], torch.uint8)
+        self.store("scales", (rows, blocks), lambda: quantized()[1])
+        self.with_bias = linear.bias is not None
+        if self.with_bias:
+            self.store("bias", (linear.out_features,), load["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        attributes: dict[str, Any] = dict(
+            N=self.size[0], K=self.size[1], bits=self.bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS
+        )
+        out = onnx_ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, self.packed, self.scales),
+            attributes,
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], self.size[0]),
+            version=1,
+        )
+        return out + self.bias if self.with_bias else out
+
+
+class PlainEmbedding(Stored):
+    """Rows of a float32 table."""
+
+    weight: Tensor
+
+    def __init__(self, embedding: nn.Embedding, load: dict[str, Source]) -> None:
+        super().__init__()
+        self.store("weight", tuple(embedding.weight.shape), load["weight"])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[..., T] -> [..., T, hidden_size]``."""
+        return nn.functional.embedding(ids, self.weight)
+
+
+class QuantizedEmbedding(Stored):
+    """``com.microsoft::GatherBlockQuantized`` over 8-bit rows."""
+
+    packed: Tensor
+    scales: Tensor
+
+    def __init__(self, embedding: nn.Embedding, load: dict[str, Source], bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        rows, width = embedding.weight.shape
+        blocks = -(-width // BLOCK)
+        quantized = _Quantized(load["weight"], bits)
+        self.store("packed", (rows, blocks * BLOCK * bits // 8), lambda: quantized()[0].reshape(rows, -1), torch.uint8)
+        self.store("scales", (rows, blocks), lambda: quantized()[1])
+        self.width = width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[..., T] -> [..., T, hidden_size]``."""
+        return onnx_ops.symbolic(
+            "com.microsoft::GatherBlockQuantized",
+            (self.packed, ids, self.scales),
+            dict(bits=self.bits, block_size=BLOCK, gather_axis=0, quantize_axis=1),
+            dtype=torch.float32,
+            shape=(*ids.shape, self.width),
+            version=1,
+        )
+
+
+def prepare(model: GatedModel, weights: Weights, scheme: Scheme) -> GatedModel:
+    """A copy of ``model`` for tracing, whose large tensors come from ``weights`` when the graph is saved.
+
+    Args:
+        model: hollow or not; its own large weights are not read.
+        weights: float32 values by parameter name.
+        scheme: how they are stored.
+    """
+    memo: dict[int, Any] = {}
+    names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
+    stored = module_bits(model, scheme)
+    for module in model.modules():
+        load = {own: _loader(weights, names[id(p)]) for own, p in module.named_parameters(recurse=False)}
+        bits = stored.get(id(module), 32)
+        if isinstance(module, nn.Embedding):
+            memo[id(module)] = PlainEmbedding(module, load) if bits == 32 else QuantizedEmbedding(module, load, bits)
+        elif isinstance(module, nn.Linear):
+            memo[id(module)] = PlainLinear(module, load) if bits == 32 else QuantizedLinear(module, load, bits)
+        else:
+            for own, parameter in module.named_parameters(recurse=False):
+                memo[id(parameter)] = nn.Parameter(torch.from_numpy(load[own]()), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def fill(graph: ir.Graph, traced: nn.Module) -> None:
+    """Gives the initialisers of ``graph`` that stand for stored tensors their values, lazily."""
+    stored = {
+        f"{path}.{name}": (getattr(module, name), source)
+        for path, module in traced.named_modules()
+        if isinstance(module, Stored)
+        for name, source in module.sources.items()
+    }
+    for name, value in graph.initializers.items():
+        if name in stored:
+            tensor, source = stored[name]
+            dtype = ir.DataType.UINT8 if tensor.dtype == torch.uint8 else ir.DataType.FLOAT
+            value.const_value = ir.LazyTensor(_as_tensor(name, source), dtype, ir.Shape(tuple(tensor.shape)), name=name)
+
+
+def round_trip(weight: Tensor, bits: int) -> Tensor:
+    """What a matrix ``[out, in]`` is after rounding to ``bits``: what the engine multiplies with, float32."""
+    packed, scales = quantize(weight.numpy(), bits)
+    rows, width = weight.shape
+    values = packed.reshape(rows, -1)
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(rows, -1)
+    centred = values.astype(np.float32) - 2 ** (bits - 1)
+    full = centred.reshape(rows, -1, BLOCK) * scales[:, :, None]
+    return torch.from_numpy(np.ascontiguousarray(full.reshape(rows, -1)[:, :width]))
+
+
+def quantize(weight: Array, bits: int) -> tuple[Array, Array]:
+    """ONNX Runtime's own block quantisation of a float32 matrix ``[out, in]``.
+
+    Returns:
+        packed uint8 ``[out, blocks, BLOCK * bits / 8]`` with zero point ``2 ** (bits - 1)``, and scales float32
+        ``[out, blocks]``.
+    """
+    from onnxruntime.capi import _pybind_state as kernels  # type: ignore[import-untyped]
+
+    rows, width = weight.shape
+    blocks = -(-width // BLOCK)
+    by_column = np.zeros((blocks * BLOCK, rows), np.float32)
+    by_column[:width] = weight.T
+    packed = np.zeros((rows, blocks, BLOCK * bits // 8), np.uint8)
+    scales = np.zeros((rows, blocks), np.float32)
+    unused = np.zeros((rows, -(-blocks * bits // 8)), np.uint8)
+    run = {4: kernels.quantize_matmul_4bits, 8: kernels.quantize_matmul_8bits}[bits]
+    run(packed, by_column, scales, unused, BLOCK, rows, blocks * BLOCK, True)
+    return packed, scales
+
+
+class _Quantized:
+    """Packed rows and scales of one matrix; both are asked for one after the other, so the last result is kept."""
+
+    def __init__(self, source: Source, bits: int) -> None:
+        self.source, self.bits = source, bits
+
+    def __call__(self) -> tuple[Array, Array]:
+        return _quantize_last(self)
+
+
+@lru_cache(maxsize=1)
+def _quantize_last(which: _Quantized) -> tuple[Array, Array]:
+    return quantize(which.source(), which.bits)
+
+
+def _loader(weights: Weights, name: str) -> Source:
+    return lambda: weights(name).numpy()
+
+
+def _as_tensor(name: str, source: Source) -> Callable[[], ir.TensorProtocol]:
+    return lambda: ir.Tensor(np.ascontiguousarray(source()), name=name)

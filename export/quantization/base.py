@@ -1,0 +1,35 @@
+"""What a quantisation scheme says about itself. One scheme = one short file + one line in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimkv_edge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of an artefact are stored.
+
+    Attributes:
+        name: as in ``--quant``.
+        weight_bits: of the linear layers, the output layer included.
+        embedding_bits: of the token embedding.
+        gate_bits: of the retention gates' linear layers; 32 leaves them in float32. Chosen by survivor agreement, see
+            docs/quantization.md.
+        targets: those that can build it.
+        dynamic: targets whose engine rounds activations to int8 while it runs, so that it agrees with float32
+            activations closely, not exactly.
+    """
+
+    name: str
+    weight_bits: int
+    embedding_bits: int
+    gate_bits: int
+    targets: tuple[str, ...]
+    dynamic: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("weight_bits", "embedding_bits", "gate_bits"):
+            if getattr(self, field) not in (4, 8, 32):
+                raise ConfigError(f"{field} of {self.name} is {getattr(self, field)}, but must be 4, 8 or 32")

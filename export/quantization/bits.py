@@ -1,0 +1,60 @@
+"""Which module of a model is stored in how many bits, and how many bytes that makes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.gates import GateShape
+from trimkv_edge.models.source import ModelSource
+from trimkv_edge.retention import NoGate, build_gates
+
+_FLOAT = 4
+_SCALED = 32  # weights that share a float32 scale
+
+
+def module_bits(model: GatedModel, scheme: Scheme) -> dict[int, int]:
+    """Bits of the ``weight`` of every module that has one to round, by the module's ``id``."""
+    gates = {id(part) for gate in model.gates for part in gate.modules()}
+    bits = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            bits[id(module)] = scheme.embedding_bits
+        elif isinstance(module, nn.Linear):
+            bits[id(module)] = scheme.gate_bits if id(module) in gates else scheme.weight_bits
+    return bits
+
+
+def stored_bytes(model: GatedModel, scheme: Scheme) -> int:
+    """Bytes of all weights in an artefact; a tied output layer that is rounded otherwise than the embedding counts."""
+    bits, seen, total = module_bits(model, scheme), set(), 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = bits.get(id(module), 32) if name == "weight" else 32
+            if (id(parameter), kind) not in seen:
+                seen.add((id(parameter), kind))
+                total += _packed(parameter, kind)
+    return total
+
+
+def _packed(parameter: torch.Tensor, bits: int) -> int:
+    if bits == 32:
+        return parameter.numel() * _FLOAT
+    rows, width = parameter.shape
+    blocks = -(-width // _SCALED)
+    return int(rows * blocks * (_SCALED * bits // 8 + _FLOAT))
+
+
+def gated_outline(source: ModelSource, kind: str) -> GatedModel:
+    """The model of ``source`` with gates of the family's width, all on torch's meta device: sizes without memory."""
+    base, shape = source.outline(), GateShape.of(source.config)
+    width = min(source.family.gate_intermediate_size, shape.hidden_size)
+    with torch.device("meta"):
+        gates = (
+            nn.ModuleList(NoGate(shape.num_kv_heads) for _ in range(shape.num_layers))
+            if kind == "none"
+            else build_gates(kind, shape.num_layers, shape.hidden_size, shape.num_kv_heads, width, shape.act)
+        )
+    return GatedModel(base, gates)

@@ -1,0 +1,63 @@
+"""The eager model that an artefact is compared with: the same numbers as the artefact stores, in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.quantization.bits import module_bits
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.skeleton import Weights, parameter_slots
+
+Module = TypeVar("Module", bound=nn.Module)
+# A weight matrix and its bits -> what it is after rounding.
+Rounding = Callable[[Tensor, int], Tensor]
+
+
+class ReferenceWeights:
+    """Fills a model, or a part of it, with the values that a scheme's weights stand for.
+
+    Args:
+        model: hollow or not.
+        weights: its float32 values by parameter name.
+        scheme: of the artefact.
+        rounding: of the artefact's target.
+    """
+
+    def __init__(self, model: GatedModel, weights: Weights, scheme: Scheme, rounding: Rounding) -> None:
+        self.model = model
+        self._weights, self._rounding = weights, rounding
+        self._names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
+        self._bits = module_bits(model, scheme)
+
+    def fill(self, part: Module) -> Module:
+        """A copy of ``part`` (of ``model``) with all its values in memory."""
+        plain: dict[int, nn.Parameter] = {}
+        rounded: dict[int, nn.Module] = {}
+        for module in part.modules():
+            bits = self._bits.get(id(module), 32)
+            for own, parameter in module.named_parameters(recurse=False):
+                if own == "weight" and bits < 32:
+                    # Per module: an output layer may be tied to an embedding of other bits.
+                    other = rounded[id(module)] = copy.copy(module)
+                    other._parameters = dict(module._parameters)
+                    value = self._rounding(self._value(parameter), bits)
+                    other._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+                elif id(parameter) not in plain:
+                    plain[id(parameter)] = nn.Parameter(self._value(parameter), requires_grad=False)
+        for module in rounded.values():
+            for own, held in module._parameters.items():
+                module._parameters[own] = plain.get(id(held), held)
+        return copy.deepcopy(part, {**rounded, **plain})
+
+    def _value(self, parameter: Tensor) -> Tensor:
+        return self._weights(self._names[id(parameter)])
+
+
+def exact(weight: Tensor, bits: int) -> Tensor:
+    """Rounding of schemes that have none."""
+    return weight
