@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from build import BuildError, built, forget, log_of, set_up, weights_folder
+from builds import BuildError, built, forget, log_of, set_up, weights_folder
 from measure import Lane, Plan, fill, run_group
 from plan import STEPS, fitting, groups, need, not_quantised
 from registry import HERE, PEERS, QUANTS, REFERENCE, Peer
