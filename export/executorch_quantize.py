@@ -98,23 +98,36 @@ def _group(columns: int, bits: int) -> int:
     return GROUP
 
 
+class Zeros:
+    """Tensors of one memory for each shape. Expanded ones will not do: ExecuTorch makes them contiguous one by one."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of its own over the memory of all of this shape."""
+        if (shape, dtype) not in self._made:
+            self._made[shape, dtype] = torch.zeros(shape, dtype=dtype)
+        return self._made[shape, dtype].detach()
+
+
 class QuantizedLinear(nn.Module):
     """Stands for a linear layer while the graph is traced; its numbers come late (see :func:`traceable`).
 
     Args:
-        linear: gives the shape and the bias.
+        linear: gives the shape.
         bits: of the weights.
         bias: float32 values, or None.
+        zeros: of the same model.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, bias: Tensor | None) -> None:
+    def __init__(self, linear: nn.Linear, bits: int, bias: Tensor | None, zeros: Zeros) -> None:
         super().__init__()
         self.bits, self.group = bits, _group(linear.in_features, bits)
-        zero = torch.zeros(1)
         groups = (linear.out_features, linear.in_features // self.group)
-        self.register_buffer("codes", zero.to(torch.int8).expand(linear.out_features, linear.in_features))
-        self.register_buffer("scale", zero.expand(groups))
-        self.register_buffer("zero_point", zero.to(torch.int8).expand(groups))
+        self.register_buffer("codes", zeros((linear.out_features, linear.in_features), torch.int8))
+        self.register_buffer("scale", zeros(groups, torch.float32))
+        self.register_buffer("zero_point", zeros(groups, torch.int8))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,22 +207,21 @@ def traceable(model: GatedModel, weights: Weights, scheme: Scheme) -> Traceable:
     """
     names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
     bits = module_bits(model, scheme)
-    memo: dict[int, Any] = {}
+    zeros, memo = Zeros(), dict[int, Any]()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and bits[id(module)] < 32:
             memo[id(module)] = QuantizedEmbedding(round_weight(weights(names[id(module.weight)]), 8))
         elif isinstance(module, nn.Linear) and bits[id(module)] < 32:
             bias = None if module.bias is None else weights(names[id(module.bias)])
-            memo[id(module)] = QuantizedLinear(module, bits[id(module)], bias)
+            memo[id(module)] = QuantizedLinear(module, bits[id(module)], bias, zeros)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    zero = torch.zeros(1)
     for _, owner, own in parameter_slots(model):
         parameter = getattr(owner, own)
         if id(owner) in memo:
             continue
         hollow = id(parameter) in matrices and id(parameter) not in embeddings
-        value = zero.expand(parameter.shape) if hollow else weights(names[id(parameter)])
+        value = zeros(tuple(parameter.shape), torch.float32) if hollow else weights(names[id(parameter)])
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     made = copy.deepcopy(model, memo)
     late: dict[str, Late] = {}

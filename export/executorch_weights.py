@@ -7,6 +7,7 @@ traced and partitioned without the weights of its linear layers; each partition 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,11 +57,16 @@ class LateWeights:
                 store.buffers[:] = [_spill(block, self._scratch) for block in store.buffers]
             return result
 
+        def without_tensors(_: type, program: ExportedProgram, specs: list[Any]) -> ExportedProgram:
+            return copy.deepcopy(program, {id(tensor): tensor for tensor in program.state_dict.values()})
+
         XnnpackBackend.preprocess = staticmethod(preprocess)
+        XnnpackBackend.copy_exported_program_for_preprocess = classmethod(without_tensors)
         try:
             yield
         finally:
             XnnpackBackend.preprocess = staticmethod(plain)
+            del XnnpackBackend.copy_exported_program_for_preprocess  # again that of its base class
 
     def fill(self, program: ExportedProgram) -> list[Tensor]:
         """Puts the missing weights of a program in place and returns them."""

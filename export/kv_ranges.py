@@ -13,7 +13,7 @@ from trimkv_edge.export.reference import ReferenceWeights
 from trimkv_edge.kv_scales import LEVELS, KVScales
 from trimkv_edge.models.attention import BACKEND_KEYWORD
 
-SAMPLE_TOKENS = 512
+SAMPLE_TOKENS = 512  # of text, and as many of any kind
 # Room for texts with larger numbers than the sample; costs a tenth of a level.
 _MARGIN = 1.1
 
@@ -47,7 +47,7 @@ def measure_scales(
 
     Args:
         weights: of the model as it will run.
-        tokens: a sample; :data:`SAMPLE_TOKENS` are enough for the largest numbers of most channels.
+        tokens: a sample of what will be read.
         progress: called with (layers done, layers in all).
     """
     inner = weights.model.base.model

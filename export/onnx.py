@@ -37,6 +37,7 @@ from trimkv_edge.export.onnx_evict import evict_model
 from trimkv_edge.export.onnx_lint import lint, lint_standard
 from trimkv_edge.export.onnx_pooled import POOLED_BACKENDS, PooledAttention, table_width
 from trimkv_edge.export.onnx_pooled_evict import pooled_evict_model
+from trimkv_edge.export.onnx_reshapes import drop_round_trips
 from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
 from trimkv_edge.export.onnx_rotary import fused_rotary
 from trimkv_edge.export.onnx_trace import trace
@@ -251,6 +252,7 @@ def _save_decoder(
             _OPSETS[ops],
             {**dynamic, "log_beta": None, "cache": [None] * len(cache)},
         )
+    drop_round_trips(program.model.graph)
     fill(program.model.graph, decoder)
     say("onnx: weights")
     save_with_data(program.model, path, DECODER_DATA, numbers)

@@ -277,9 +277,10 @@ def _scales(
     say("scales of int8 keys and values")
     (target,) = plan.ops
     weights = ReferenceWeights(loaded.model, loaded.weights, plan.scheme, TARGETS[target].rounding)
-    # Far from where verification reads, so that its numbers are not the measured ones.
-    sample = sample_tokens(folder, tokenizer, loaded.info.vocab_size, 16 * SAMPLE_TOKENS)[-SAMPLE_TOKENS:]
-    return measure_scales(weights, sample, progress)
+    # Text from far from where verification reads, and any tokens: a tokenizer may know few of the sample's words.
+    text = sample_tokens(folder, tokenizer, loaded.info.vocab_size, 16 * SAMPLE_TOKENS)[-SAMPLE_TOKENS:]
+    mixed = sample_tokens(folder, None, loaded.info.vocab_size, 2 * SAMPLE_TOKENS)[-SAMPLE_TOKENS:]
+    return measure_scales(weights, text + mixed, progress)
 
 
 def _key(plan: ExportPlan, loaded: LoadedModel) -> str:

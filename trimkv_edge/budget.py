@@ -12,7 +12,8 @@ from trimkv_edge.errors import BudgetError, ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]?)(I?B)?\s*", re.ASCII)
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_STORED_BYTES = {**DTYPE_BYTES, "int8": 1}  # keys and values
 _METADATA_BYTES = 4  # log_beta, float32, per slot and head
 _POSITION_BYTES = 8  # int64, per kept slot and head
 
@@ -146,6 +147,6 @@ def format_bytes(count: int) -> str:
 
 
 def _itemsize(dtype: str) -> int:
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPE_BYTES)}")
-    return DTYPE_BYTES[dtype]
+    if dtype not in _STORED_BYTES:
+        raise ConfigError(f"dtype {dtype!r} is not known; use one of {', '.join(_STORED_BYTES)}")
+    return _STORED_BYTES[dtype]

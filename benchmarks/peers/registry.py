@@ -50,8 +50,9 @@ class Peer:
         return self.weights or {"none": "float32"}.get(self.schemes[quant], self.schemes[quant])
 
 
-def _ours(engine: str, schemes: dict[str, str]) -> Peer:
-    return Peer("worker_ours.py", None, (), schemes, 0, {"engine": engine, "budget": "1024", "buffer": "128"})
+def _ours(engine: str, schemes: dict[str, str], kv_dtype: str = "float32") -> Peer:
+    options = {"engine": engine, "budget": "1024", "buffer": "128", "kv_dtype": kv_dtype}
+    return Peer("worker_ours.py", None, (), schemes, 0, options)
 
 
 def _transformers(cache: str, dtype: str, compile_step: str = "no") -> Peer:
@@ -88,6 +89,7 @@ _LLAMA = ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy", "psutil")
 
 PEERS = {
     "ours-onnx": _ours("onnx", {"none": "none", "int8": "int8", "int4": "int4"}),
+    "ours-onnx-int8-cache": _ours("onnx", {"none": "none", "int8": "int8", "int4": "int4"}, "int8"),
     "ours-executorch": _ours("executorch", {"none": "none", "int8": "int8", "int4": "8da4w"}),
     "genai": Peer("worker_genai.py", "genai", _GENAI, {"none": "none", "int4": "int4"}, 4),
     "llama.cpp": _llama("auto"),

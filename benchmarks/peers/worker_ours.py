@@ -1,4 +1,4 @@
-"""trimkv-edge: an artefact of the same weights with random gates. Options: engine, budget, buffer, verify."""
+"""trimkv-edge: an artefact of the same weights with random gates. Options: engine, budget, buffer, kv_dtype, verify."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(weights: Path, output: Path, quant: str, options: dict[str, str]) -> N
         return
     command = [sys.executable, "-m", "trimkv_edge.cli.export", "--model", str(weights)]
     command += ["--gates", str(weights / "gates.safetensors"), "--target", options["engine"]]
-    command += ["--budget", options["budget"], "--buffer", options["buffer"]]
+    command += ["--budget", options["budget"], "--buffer", options["buffer"], "--kv-dtype", options["kv_dtype"]]
     if quant != "none":
         command += ["--quant", quant]
     # Elsewhere the repository's folders would hide the installed package.
@@ -38,6 +38,7 @@ def _build_unverified(weights: Path, output: Path, quant: str, options: dict[str
         targets=(options["engine"],),
         gates=str(weights / "gates.safetensors"),
         quant=quant,
+        kv_dtype=options["kv_dtype"],
         force=True,
     )
     with patch.object(pipeline, "verify_targets", lambda manifest, *_: manifest):

@@ -20,6 +20,7 @@ from trimkv_edge.errors import ConfigError, VerificationError
 from trimkv_edge.export.executorch import PROGRAM, export_executorch, partitioners
 from trimkv_edge.export.executorch_quantize import (
     QuantizedLinear,
+    Zeros,
     reference_model,
     round_activations,
     round_trip,
@@ -72,7 +73,7 @@ def test_groups_must_divide_the_width() -> None:
 class _Layer(nn.Module):
     def __init__(self, weight: torch.Tensor, bits: int, bias: torch.Tensor) -> None:
         super().__init__()
-        self.linear = QuantizedLinear(nn.Linear(*reversed(weight.shape)), bits, bias)
+        self.linear = QuantizedLinear(nn.Linear(*reversed(weight.shape)), bits, bias, Zeros())
         self.linear.codes, self.linear.scale = round_weight(weight, bits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +153,7 @@ def test_nothing_but_the_program_is_left(quantized: Quantized) -> None:
 def test_bytes_and_kernels(quantized: Quantized) -> None:
     content = (quantized.folder / PROGRAM).read_bytes()
     gates = {id(part) for gate in quantized.model.gates for part in gate.modules()}
-    most = 20_000  # norms, biases, the methods' code
+    most = int.from_bytes(content[16:24], "little") + 20_000  # the methods' code (from the header), norms, biases
     for module in quantized.model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):  # and 4 KiB for XNNPACK's graph around each, and padding
             four = quantized.scheme == "8da4w" and isinstance(module, nn.Linear) and id(module) not in gates
