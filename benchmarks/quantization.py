@@ -135,6 +135,7 @@ def main() -> None:
     options.add_argument("--dialogues", type=int, default=24)
     options.add_argument("--text", type=int, default=4096)
     options.add_argument("--rows", type=int, default=8)
+    options.add_argument("--gates-only", action="store_true", help="leave out the exported artefacts")
     options.add_argument("--targets", nargs="+", default=["onnx", "executorch"])
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -144,7 +145,8 @@ def main() -> None:
         for name, scheme in SCHEMES.items():
             if target in scheme.targets and name != "none" and not (name == "8da4w" and target == "onnx"):
                 results["gates"] += gates_by_bits(target, scheme, args.budgets, ids)
-        results["schemes"] += schemes(target, args)
+        if not args.gates_only:
+            results["schemes"] += schemes(target, args)
     save(args.output, "quantization", results)
 
 

@@ -193,9 +193,18 @@ def _targets(manifest: Manifest) -> list[str]:
     ]
 
 
+def _flat(parity: dict[str, Any]) -> dict[str, Any]:
+    """With the rows of what rounds its activations below the others."""
+    rows = {key: value for key, value in parity.items() if key != "dynamic"}
+    for key, value in parity.get("dynamic", {}).items():
+        if key not in ("tokens", "steps", "events", "survivors"):
+            rows[f"activations in int8: {_PARITY.get(key, key.replace('_', ' '))}"] = value
+    return rows
+
+
 def _agreement(manifest: Manifest) -> list[str]:
     """One column per target; reports may hold more than the names known here."""
-    found = {name: target.parity for name, target in manifest.targets.items()}
+    found = {name: _flat(target.parity) for name, target in manifest.targets.items()}
     keys = list(dict.fromkeys(key for parity in found.values() for key in parity))
     if not keys:
         return ["Not verified."]

@@ -22,10 +22,10 @@ _PACKING = 3.2
 # Seconds on a core that adds up to a million in _REFERENCE_LOOP seconds: imports and small graphs, and by layer.
 _REFERENCE_LOOP = 0.045
 _START = {"onnx": 25.0, "executorch": 25.0}
-_LAYER = {"onnx": 1.6, "executorch": 6.0}
+_LAYER = {"onnx": 2.9, "executorch": 25.0}
 # Seconds for each million parameters to read, round and write, and to read and round for the reference.
-_PACK = 0.025
-_ROUND = 0.025
+_PACK = 0.037
+_ROUND = 0.066
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ def is_large(shape: ModelShape, config: CacheConfig) -> bool:
 def _peak(shape: ModelShape, config: CacheConfig, targets: Sequence[str], stored: int, cache: int, largest: int) -> int:
     """The worst stage; stages hold nothing of each other."""
     full = shape.parameters * _FLOAT
-    # The engine keeps packed copies beside the mapped file; the reference is whole or one layer.
+    packing = int(_PACKING * largest)
+    # Packed copies beside the mapped file, and the state of one engine that another one takes over.
     engine = 2 * stored + 2 * cache
-    reference = full // shape.num_layers * 3 + cache if is_large(shape, config) else full + cache
-    return max(int(_PACKING * largest), engine + reference)
+    if is_large(shape, config):
+        return max(packing, 3 * full // shape.num_layers + cache, engine)
+    return max(packing, full + cache + engine)
 
 
 def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], scheme: Scheme, large: bool) -> float:
@@ -84,7 +86,8 @@ def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], sch
     for target in targets:
         graph = (_START[target] + _LAYER[target] * shape.num_layers) * loop / _REFERENCE_LOOP
         runs = 2 if target in scheme.dynamic and target == "onnx" else 1
-        total += graph + millions * (_PACK + _ROUND) + read * (1 + runs)
+        # Quantised engines read a chunk about half as fast as torch.
+        total += graph + millions * (_PACK + _ROUND) + read * (1 + runs * (1 if scheme.weight_bits == 32 else 2))
     return total
 
 

@@ -316,6 +316,20 @@ def _describe_gates(kind: str, path: Path | None) -> str:
     return f"{kind}, {path}{'' if path.suffix == '.safetensors' else ', a pickle, read without running code from it'}"
 
 
+def _agreement(parity: dict[str, Any]) -> str:
+    shares = {}
+    for what, differ, of in (
+        ("survivors", "survivor_mismatches", "survivors"),
+        ("greedy tokens", "greedy_mismatches", "steps"),
+    ):
+        kept = 1 - parity[differ] / parity[of]
+        shares[what] = f"same {what}" if not parity[differ] else f"{100 * kept:.2f} % of the {what}"
+    return (
+        f"{shares['survivors']} ({parity['survivors']} over {parity['events']} events), {shares['greedy tokens']} "
+        f"({parity['steps']}), logits within {parity['max_logit_diff']:.0e}"
+    )
+
+
 def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[str]:
     """What was made, how well it agrees with eager, and how to run it."""
     lines = [f"made      {output} in {seconds:.0f} s"]
@@ -324,10 +338,9 @@ def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[st
     for name, target in manifest.targets.items():
         size = sum(manifest.files[file].bytes for file in target.files.values())
         parity = target.parity
-        lines.append(
-            f"  {name:<11} {format_bytes(size):>9}  same survivors ({parity['survivors']} over {parity['events']} "
-            f"events), same greedy tokens ({parity['steps']}), logits within {parity['max_logit_diff']:.0e}"
-        )
+        lines.append(f"  {name:<11} {format_bytes(size):>9}  {_agreement(parity)}")
+        if parity.get("dynamic", parity) != {key: value for key, value in parity.items() if key != "dynamic"}:
+            lines.append(f"  {'':<11} {'as it runs':>9}: {_agreement(parity['dynamic'])} (activations rounded to int8)")
         if parity["undecidable"]:
             lines.append(f"  {'':<11} {parity['undecidable']} survivors had scores too close for float32 to rank")
     if manifest.model.random_weights:

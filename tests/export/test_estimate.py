@@ -1,0 +1,60 @@
+"""Bytes by hand, and what the estimate of an export must not miss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from factories import gated_model
+
+from trimkv_edge.budget import ModelShape
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.export.estimate import estimate
+from trimkv_edge.export.quantization import SCHEMES
+from trimkv_edge.export.quantization.bits import stored_bytes
+
+CONFIG = CacheConfig(1024)
+PHI3 = ModelShape(32, 3072, 8192, 32, 32, 96, 32064, 3_922_000_000)
+STORED, CACHE, LARGEST = 2_550_000_000, 919_000_000, 394_000_000
+
+
+def test_bytes_of_a_packed_model() -> None:
+    model = gated_model("phi3-mha")  # 2 layers, width 64, inner 96, 4 heads of 16, vocabulary 320, gates 24 wide
+    per_layer = 4 * (2 * 64) + 4 * (24 + 4)  # norms; gate biases
+    packed = {8: 32 + 4, 4: 16 + 4}  # bytes of a block of 32 with its scale
+
+    def blocks(rows: int, width: int, bits: int) -> int:
+        return rows * -(-width // 32) * packed[bits]
+
+    layer = blocks(192, 64, 4) + blocks(64, 64, 4) + blocks(192, 64, 4) + blocks(64, 96, 4)
+    gate = blocks(24, 64, 8) + blocks(4, 24, 8)
+    ends = blocks(320, 64, 8) + blocks(320, 64, 4) + 4 * 64
+    assert stored_bytes(model, SCHEMES["int4"]) == 2 * (layer + gate + per_layer) + ends
+    assert stored_bytes(model, SCHEMES["none"]) == 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_large_model_is_never_in_memory() -> None:
+    cost = estimate(
+        PHI3, CONFIG, ("onnx",), SCHEMES["int4"], stored=STORED, cache=CACHE, largest=LARGEST, gates=407_000_000
+    )
+    # 7.16 GiB were measured.
+    assert 0.75 < cost.memory / (7.16 * 2**30) < 1.25
+    # Five events of 1,152 slots x 1,024 heads x 2 x 96 floats beside the artefact.
+    assert cost.disk == STORED + 5 * 1152 * 1024 * 2 * 96 * 4
+    small = replace(PHI3, num_layers=2, parameters=100_000_000)
+    whole = estimate(
+        small, CONFIG, ("onnx",), SCHEMES["none"], stored=400_000_000, cache=CACHE, largest=LARGEST, gates=0
+    )
+    assert whole.memory > 3 * 400_000_000 + 2 * CACHE
+    assert whole.disk == 400_000_000
+    both = estimate(
+        small,
+        CONFIG,
+        ("onnx", "executorch"),
+        SCHEMES["none"],
+        stored=400_000_000,
+        cache=CACHE,
+        largest=LARGEST,
+        gates=0,
+    )
+    assert both.disk == 800_000_000
+    assert both.seconds > whole.seconds
