@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine
 from trimkv_edge.export.layerwise import LayerwiseReference
 from trimkv_edge.export.quantization import SCHEMES
@@ -29,6 +30,11 @@ Report = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
+def is_large(parameters: int, config: CacheConfig) -> bool:
+    """Whether the reference holds one layer at a time; where heads share a budget, layers cannot be run one by one."""
+    return 4 * parameters > IN_MEMORY and config.caps is None
+
+
 @dataclass(frozen=True)
 class _Check:
     """What all comparisons of an artefact share."""
@@ -42,8 +48,7 @@ class _Check:
 
     @property
     def large(self) -> bool:
-        """Where heads share a budget, layers cannot be run one after the other."""
-        return 4 * self.loaded.info.parameters > IN_MEMORY and self.manifest.cache.caps is None
+        return is_large(self.loaded.info.parameters, self.manifest.cache)
 
     @property
     def plan(self) -> list[int]:

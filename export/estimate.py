@@ -10,7 +10,7 @@ import torch
 
 from trimkv_edge.budget import ModelShape
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.export.check_artefact import IN_MEMORY
+from trimkv_edge.export.check_artefact import is_large
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.verify import MIN_EVENTS
 
@@ -55,29 +55,24 @@ def estimate(
         largest: bytes of the largest parameter in float32.
         gates: bytes of the gates in float32, which are in memory all the time.
     """
-    large = is_large(shape, config)
+    large = is_large(shape.parameters, config)
     held = MIN_EVENTS * 2 * config.slots * shape.rows * shape.head_dim * _FLOAT if large else 0
-    memory = _LIBRARIES + gates + _peak(shape, config, targets, stored, cache, largest)
-    return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme, large))
+    memory = _LIBRARIES + gates + _peak(shape, stored, cache, largest, large)
+    return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme))
 
 
-def is_large(shape: ModelShape, config: CacheConfig) -> bool:
-    """Whether verification holds one layer at a time."""
-    return _FLOAT * shape.parameters > IN_MEMORY and config.caps is None
-
-
-def _peak(shape: ModelShape, config: CacheConfig, targets: Sequence[str], stored: int, cache: int, largest: int) -> int:
+def _peak(shape: ModelShape, stored: int, cache: int, largest: int, large: bool) -> int:
     """The worst stage; stages hold nothing of each other."""
     full = shape.parameters * _FLOAT
     packing = int(_PACKING * largest)
     # Packed copies beside the mapped file, and the state of one engine that another one takes over.
     engine = 2 * stored + 2 * cache
-    if is_large(shape, config):
+    if large:
         return max(packing, 3 * full // shape.num_layers + cache, engine)
     return max(packing, full + cache + engine)
 
 
-def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], scheme: Scheme, large: bool) -> float:
+def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], scheme: Scheme) -> float:
     loop, flops = _speed()
     millions = shape.parameters / 1e6
     tokens = config.budget + (MIN_EVENTS + 0.5) * config.buffer

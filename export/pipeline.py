@@ -30,7 +30,7 @@ from trimkv_edge.export.estimate import ExportCost, estimate
 from trimkv_edge.export.kv_ranges import SAMPLE_TOKENS, measure_scales
 from trimkv_edge.export.quantization import find_scheme
 from trimkv_edge.export.quantization.base import Scheme
-from trimkv_edge.export.quantization.bits import gated_outline, stored_bytes
+from trimkv_edge.export.quantization.bits import gate_parameters, gated_outline, stored_bytes
 from trimkv_edge.export.reference import ReferenceWeights
 from trimkv_edge.export.targets import TARGETS, Job, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
@@ -38,6 +38,7 @@ from trimkv_edge.export.verify import MIN_EVENTS
 from trimkv_edge.files import new_folder
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, TokenizerInfo, describe_files
+from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, load_model
 from trimkv_edge.models.rope import choose_rope
 from trimkv_edge.models.skeleton import filled
@@ -85,6 +86,7 @@ class ExportPlan:
     Attributes:
         config: without caps where heads share a budget and they are calibrated by the export itself.
         gates: kind and file.
+        outline: the gated model's sizes, without memory.
         calibration: what a caps file says.
     """
 
@@ -96,13 +98,12 @@ class ExportPlan:
     ops: dict[str, str]
     gates: tuple[str, Path | None]
     scheme: Scheme
+    outline: GatedModel
     calibration: Calibration | None = None
 
     @cached_property
     def cost(self) -> ExportCost:
         """What the export itself is estimated to take."""
-        outline = gated_outline(self.source, self.gates[0])
-        gates = _FLOAT * sum(parameter.numel() for gate in outline.gates for parameter in gate.parameters())
         return estimate(
             self.shape,
             self.config,
@@ -110,8 +111,8 @@ class ExportPlan:
             self.scheme,
             stored=self.memory.weights,
             cache=self.memory.cache,
-            largest=_FLOAT * max(parameter.numel() for parameter in outline.parameters()),
-            gates=gates,
+            largest=_FLOAT * max(parameter.numel() for parameter in self.outline.parameters()),
+            gates=_FLOAT * gate_parameters(self.outline),
         )
 
     def check_fits(self) -> None:
@@ -139,7 +140,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     kind, gate_path = choose_gates(source, request.gates)
     config = source.config
     outline = gated_outline(source, kind)
-    shape = source.shape(sum(parameter.numel() for gate in outline.gates for parameter in gate.parameters()))
+    shape = source.shape(gate_parameters(outline))
     cache = CacheConfig(
         budget=parse_budget(
             request.budget, shape, request.buffer, "int8" if request.kv_dtype == "int8" else request.dtype
@@ -193,7 +194,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     memory = replace(estimate_memory(shape, cache, request.dtype), weights=stored_bytes(outline, scheme))
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
-    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), scheme, calibration)
+    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), scheme, outline, calibration)
 
 
 def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:

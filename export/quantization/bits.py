@@ -39,6 +39,11 @@ def stored_bytes(model: GatedModel, scheme: Scheme) -> int:
     return total
 
 
+def gate_parameters(model: GatedModel) -> int:
+    """Parameters of all gates; what ``rg10`` shares counts for each layer."""
+    return sum(parameter.numel() for gate in model.gates for parameter in gate.parameters())
+
+
 def _packed(parameter: torch.Tensor, bits: int) -> int:
     if bits == 32:
         return parameter.numel() * _FLOAT
