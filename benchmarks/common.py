@@ -7,13 +7,16 @@ import json
 import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from trimkv_edge.engine import Engine
@@ -62,6 +65,19 @@ def feed(engine: Engine, tokens: Iterable[int]) -> None:
 def rss() -> int:
     """Resident bytes of this process."""
     return int(psutil.Process().memory_info().rss)
+
+
+def copy_bandwidth(threads: int = 1, size: int = 2**28, repeats: int = 9) -> float:
+    """GB/s of copying an array that no cache holds, bytes read and bytes written both counted."""
+    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
+            seconds.append(time.perf_counter() - begun)
+    return 2 * size / median(seconds) / 1e9
 
 
 def median(values: Iterable[float]) -> float:

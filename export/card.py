@@ -25,6 +25,7 @@ _PARITY = {
     "survivor_mismatches": "kept entries that differ",
     "undecidable": "kept entries that differ, with scores too close for float32 to rank",
     "greedy_mismatches": "greedy tokens that differ",
+    "close": "calls with logits that are equal but for float noise",
     "max_logit_diff": "largest difference of a logit",
     "max_logit": "largest logit",
 }
@@ -148,7 +149,8 @@ def _sources(manifest: Manifest) -> Iterable[tuple[str, ...]]:
         digest = f", SHA-256 `{gates.sha256}`" if gates.sha256 else ""
         yield "gates", f"`{gates.kind}`, {_short(gates.source)}, width {gates.intermediate_size}{digest}"
     yield "cache and computation in", manifest.dtype
-    yield "quantisation", manifest.quantization
+    embedding = f", embedding in {manifest.embedding_bits} bits" if manifest.embedding_bits else ""
+    yield "quantisation", manifest.quantization + embedding
     yield "RoPE", f"`{rope.variant}`, refuses position {rope.position_limit} and beyond"
 
 

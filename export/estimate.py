@@ -57,16 +57,18 @@ def estimate(
     """
     large = is_large(shape.parameters, config)
     held = MIN_EVENTS * 2 * config.slots * shape.rows * shape.head_dim * _FLOAT if large else 0
-    memory = _LIBRARIES + gates + _peak(shape, stored, cache, largest, large)
+    # Beside the mapped file there are packed copies; of float16 on a CPU they are float32.
+    copies = 3 if scheme.dtype == "float16" else 2
+    memory = _LIBRARIES + gates + _peak(shape, copies * stored, cache, largest, large)
     return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme))
 
 
-def _peak(shape: ModelShape, stored: int, cache: int, largest: int, large: bool) -> int:
-    """The worst stage; stages hold nothing of each other."""
+def _peak(shape: ModelShape, opened: int, cache: int, largest: int, large: bool) -> int:
+    """The worst stage; stages hold nothing of each other. ``opened``: the weights in an engine, the mapped file too."""
     full = shape.parameters * _FLOAT
     packing = int(_PACKING * largest)
-    # Packed copies beside the mapped file, and the state of one engine that another one takes over.
-    engine = 2 * stored + 2 * cache
+    # The state of one engine is taken over by another one.
+    engine = opened + 2 * cache
     if large:
         return max(packing, 3 * full // shape.num_layers + cache, engine)
     return max(packing, full + cache + engine)

@@ -21,10 +21,12 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,18 +35,22 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram, export
 
+from trimkv_edge.budget import format_bytes
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import policy_of, require_exportable
 from trimkv_edge.export.executorch_attention import CacheMethod, Forward, LlamaStep, PortableStep, Step
 from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, PortableCache
 from trimkv_edge.export.executorch_check import check_program
+from trimkv_edge.export.executorch_parts import PackedParts
 from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
 from trimkv_edge.export.executorch_pooled_attention import PooledLlamaStep, PooledPortableStep
 from trimkv_edge.export.executorch_quantize import traceable
 from trimkv_edge.export.executorch_weights import LateWeights
 from trimkv_edge.export.quantization import none
 from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.quantization.bits import stored_bytes
+from trimkv_edge.export.resume import RESUMABLE, Numbers, kept_folder, owned
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, filled, model_weights
@@ -76,6 +82,7 @@ def export_executorch(
     scheme: Scheme = none.SCHEME,
     weights: Weights | None = None,
     metadata: dict[str, int | list[int]] | None = None,
+    numbers: Numbers | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Target:
     """Writes ``model.pte`` into ``folder``, through a temporary name.
@@ -88,6 +95,8 @@ def export_executorch(
         scheme: how weights are stored; all but ``none`` need ``xnnpack``.
         weights: the model's values by parameter name, read layer by layer; by default those it has.
         metadata: more constant methods, such as ``get_eos_ids``.
+        numbers: how far packing is, and whether weights that an interrupted export packed are used; tracing and
+            lowering are done again.
         progress: called with one line per stage.
 
     Raises:
@@ -96,7 +105,11 @@ def export_executorch(
     """
     check_settings(model, config, ops, scheme)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".weights-", dir=folder) as scratch:
+    numbers = numbers or Numbers()
+    with (
+        tempfile.TemporaryDirectory(prefix=".weights-", dir=folder) as scratch,
+        owned(_kept(model, config, ops, scheme, numbers), numbers.restart) as kept,
+    ):
         program = build_program(
             model,
             config,
@@ -104,13 +117,16 @@ def export_executorch(
             scheme=scheme,
             weights=weights,
             metadata=metadata,
+            numbers=numbers,
             progress=progress,
-            scratch=Path(scratch),
+            parts=PackedParts(kept or Path(scratch), keep=kept is not None),
         )
         temporary = Path(scratch) / PROGRAM
         with temporary.open("wb") as stream:
             program.write_to_file(stream)
         os.replace(temporary, folder / PROGRAM)
+        if kept is not None:
+            shutil.rmtree(kept)
     return Target("executorch", ops, {"program": PROGRAM})
 
 
@@ -122,24 +138,36 @@ def build_program(
     scheme: Scheme = none.SCHEME,
     weights: Weights | None = None,
     metadata: dict[str, int | list[int]] | None = None,
+    numbers: Numbers | None = None,
     progress: Callable[[str], None] | None = None,
-    scratch: Path | None = None,
+    parts: PackedParts | None = None,
 ) -> Any:
     """The program before it is saved, an ``ExecutorchProgramManager``; arguments as for :func:`export_executorch`.
 
-    ``scratch``: a folder for packed weights until the program is saved; without it they are in memory.
+    ``parts``: where packed weights are until the program is saved; by default in memory.
     """
     check_settings(model, config, ops, scheme)
     weights = weights or model_weights(model)
+    numbers, parts = numbers or Numbers(), parts or PackedParts()
     with _quiet():
         if ops == "xnnpack":
             traced = traceable(model, weights, scheme)
-            model, late = traced.model, LateWeights(traced.late, "model", scratch)
+            model, late = traced.model, LateWeights(traced.late, "model", parts, numbers.progress)
         else:
-            model, late = filled(model, weights), LateWeights({}, "model", scratch)
+            model, late = filled(model, weights), LateWeights({}, "model", parts)
+        if done := parts.done():
+            of = f"{format_bytes(done)} of {format_bytes(late.total)} are packed"
+            numbers.say(f"going on where an interrupted export stopped: {of}")
         program = _lower(model, late, config, ops, metadata or {}, progress or (lambda _: None))
     check_program(program, ops)
     return program
+
+
+def _kept(model: GatedModel, config: CacheConfig, ops: str, scheme: Scheme, numbers: Numbers) -> Path | None:
+    """Where packed weights outlive an interruption; None if they are few or have no key."""
+    if ops != "xnnpack" or not numbers.key or stored_bytes(model, scheme) < RESUMABLE:
+        return None
+    return kept_folder("executorch", numbers.key, asdict(config))
 
 
 def check_settings(model: GatedModel, config: CacheConfig, ops: str, scheme: Scheme) -> None:

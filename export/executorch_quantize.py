@@ -7,7 +7,7 @@ bits    weights                               activations
 8       one float32 scale per output channel  float32
 ======= ===================================== ==================================================================
 
-An embedding has 8 bits and a scale for each token.
+An embedding of 8 bits has a float32 scale for each token, one of 4 bits as in the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,19 @@ from trimkv_edge.models.skeleton import Weights, parameter_slots
 GROUP = 32
 LIMITS = {4: (-8, 7), 8: (-128, 127)}
 _ROWS = 4096
-Late = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Late:
+    """Weights of a module that are made when they are needed.
+
+    Attributes:
+        make: the missing tensors by their names in the module.
+        bytes: of the packed weights, about.
+    """
+
+    make: Callable[[], dict[str, Tensor]]
+    bytes: int = 0
 
 
 class Codes(NamedTuple):
@@ -143,22 +155,30 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding of 8 bits: ``quantized_decomposed::embedding_byte`` in the program.
+    """An embedding: ``quantized_decomposed::embedding_byte`` or ``embedding_4bit`` in the program.
 
     Args:
         table: the rounded weights.
+        bits: of the table.
     """
 
-    def __init__(self, table: Codes) -> None:
+    def __init__(self, table: Codes, bits: int) -> None:
         super().__init__()
-        self.register_buffer("codes", table.codes)
+        self.bits = bits
+        codes = table.codes
+        if bits == 4:  # two to a byte, the first in the upper half; 8 stands for 0
+            codes = (codes + 8).to(torch.uint8)
+            codes = codes[:, ::2] << 4 | codes[:, 1::2]
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", table.scale)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 ``[...] -> float32 [..., width]``."""
         import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  (registers the operator)
 
-        out: Tensor = torch.ops.quantized_decomposed.embedding_byte(self.codes, self.scale, None, *LIMITS[8], ids)
+        ops = torch.ops.quantized_decomposed
+        lookup = ops.embedding_4bit if self.bits == 4 else ops.embedding_byte
+        out: Tensor = lookup(self.codes, self.scale, None, *LIMITS[self.bits], ids)
         return out
 
 
@@ -187,7 +207,7 @@ class Traceable:
 
     Attributes:
         model: all else is in memory.
-        late: by module name, makes the missing tensors of that module, by their names in it.
+        late: by module name, the missing tensors of that module.
     """
 
     model: GatedModel
@@ -210,7 +230,9 @@ def traceable(model: GatedModel, weights: Weights, scheme: Scheme) -> Traceable:
     zeros, memo = Zeros(), dict[int, Any]()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and bits[id(module)] < 32:
-            memo[id(module)] = QuantizedEmbedding(round_weight(weights(names[id(module.weight)]), 8))
+            memo[id(module)] = QuantizedEmbedding(
+                round_weight(weights(names[id(module.weight)]), bits[id(module)]), bits[id(module)]
+            )
         elif isinstance(module, nn.Linear) and bits[id(module)] < 32:
             bias = None if module.bias is None else weights(names[id(module.bias)])
             memo[id(module)] = QuantizedLinear(module, bits[id(module)], bias, zeros)
@@ -229,9 +251,9 @@ def traceable(model: GatedModel, weights: Weights, scheme: Scheme) -> Traceable:
         if isinstance(module, nn.Linear):
             name, width = names[id(module.weight)], bits[id(module)]
             if width < 32:
-                late[path] = partial(_codes, weights, name, width)
+                late[path] = Late(partial(_codes, weights, name, width), module.weight.numel() * width // 8)
             elif id(module.weight) not in embeddings:
-                late[path] = partial(_floats, weights, name)
+                late[path] = Late(partial(_floats, weights, name), module.weight.numel() * 4)
     return Traceable(made, late)
 
 

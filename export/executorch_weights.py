@@ -8,20 +8,16 @@ traced and partitioned without the weights of its linear layers; each partition 
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from trimkv_edge.errors import VerificationError
+from trimkv_edge.export.executorch_parts import PackedParts, part_name
 from trimkv_edge.export.executorch_quantize import Late
-
-# Smaller blocks are not worth a file.
-_SPILLED = 2**16
 
 
 class LateWeights:
@@ -30,14 +26,26 @@ class LateWeights:
     Args:
         late: by module name, see :class:`~trimkv_edge.export.executorch_quantize.Traceable`.
         prefix: name of the model in the exported program.
-        scratch: folder for packed weights, or None to keep them in memory.
+        parts: where packed weights go; those that it has are not packed again.
+        progress: called with (bytes of weights packed, bytes in all).
     """
 
-    def __init__(self, late: Mapping[str, Late], prefix: str, scratch: Path | None) -> None:
+    def __init__(
+        self,
+        late: Mapping[str, Late],
+        prefix: str,
+        parts: PackedParts,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._prefix = prefix
-        self._late = {f"{prefix}.{name}": make for name, make in late.items()}
-        self._scratch = scratch
+        self._late = {f"{prefix}.{name}": weights for name, weights in late.items()}
+        self._parts, self._progress = parts, progress
         self._used: set[str] = set()
+
+    @property
+    def total(self) -> int:
+        """Bytes of all late weights, packed."""
+        return sum(late.bytes for late in self._late.values())
 
     @contextmanager
     def packing(self) -> Iterator[None]:
@@ -47,14 +55,19 @@ class LateWeights:
         plain = XnnpackBackend.preprocess
 
         def preprocess(program: ExportedProgram, specs: list[Any]) -> Any:
-            made = self.fill(program)
-            result = plain(program, specs)
-            # Cycles keep the program, and what its passes made of it, until some later garbage collection.
-            for tensor in made:
-                tensor.data = tensor.data.new_empty(0)
-            if self._scratch is not None:
-                store = result.data_store_output
-                store.buffers[:] = [_spill(block, self._scratch) for block in store.buffers]
+            modules = self._modules(program)
+            name = part_name(program, specs, {tensor for tensor in program.state_dict if _owner(tensor) in modules})
+            result = self._parts.find(name)
+            if result is None:
+                made = self.fill(program)
+                result = plain(program, specs)
+                # Cycles keep the program, and what its passes made of it, until some later garbage collection.
+                for tensor in made:
+                    tensor.data = tensor.data.new_empty(0)
+                self._parts.put(name, result, sum(self._late[module].bytes for module in modules))
+            self._used |= modules
+            if modules and self._progress:
+                self._progress(sum(self._late[module].bytes for module in self._used), self.total)
             return result
 
         def without_tensors(_: type, program: ExportedProgram, specs: list[Any]) -> ExportedProgram:
@@ -70,15 +83,15 @@ class LateWeights:
 
     def fill(self, program: ExportedProgram) -> list[Tensor]:
         """Puts the missing weights of a program in place and returns them."""
-        made: dict[str, dict[str, Tensor]] = {}
+        made = {module: self._late[module].make() for module in sorted(self._modules(program))}
+        self._used |= made.keys()
         for name in program.state_dict:
-            module, _, own = name.rpartition(".")
-            if module in self._late:
-                if module not in made:
-                    made[module] = self._late[module]()
-                    self._used.add(module)
-                program.state_dict[name] = made[module].get(own, program.state_dict[name])
+            own = name.rpartition(".")[2]
+            program.state_dict[name] = made.get(_owner(name), {}).get(own, program.state_dict[name])
         return [tensor for tensors in made.values() for tensor in tensors.values()]
+
+    def _modules(self, program: ExportedProgram) -> set[str]:
+        return {_owner(name) for name in program.state_dict} & self._late.keys()
 
     def check_used(self, model: nn.Module) -> None:
         """Raises :class:`~trimkv_edge.errors.VerificationError` if a layer's weights never got into the program.
@@ -93,11 +106,5 @@ class LateWeights:
                 raise VerificationError(f"the executorch program lacks the weights of {name}: report this")
 
 
-def _spill(block: Any, folder: Path) -> Any:
-    from executorch.exir._serialize._cord import FileBackedData
-
-    if not isinstance(block, bytes) or len(block) < _SPILLED:
-        return block
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".packed", delete=False) as file:
-        file.write(block)
-    return FileBackedData(file.name, cleanup=True)
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

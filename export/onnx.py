@@ -3,7 +3,7 @@
 State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a runtime may bind one buffer to both:
 
 ============== ======================================= ====================================================
-``{i}.key``    float32 or int8 ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
+``{i}.key``    kv_dtype ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
 ``log_beta``   float32 ``[M + B, layers * kv_heads]``    column = layer * kv_heads + head; one write per step
 ``positions``  int64 ``[layers * kv_heads, M]``          of the kept prefix, evict only; the ring's follow from ``seen``
 ============== ======================================= ====================================================
@@ -34,15 +34,18 @@ from trimkv_edge.eviction import policy_of, require_exportable
 from trimkv_edge.export.onnx_attention import BACKENDS, GroupQueryAttention, OnnxAttention
 from trimkv_edge.export.onnx_data import Numbers, save_with_data
 from trimkv_edge.export.onnx_evict import evict_model
+from trimkv_edge.export.onnx_gates import Finish, deferred_sigmoid
 from trimkv_edge.export.onnx_lint import lint, lint_standard
+from trimkv_edge.export.onnx_norms import fuse_skip_norms
 from trimkv_edge.export.onnx_pooled import POOLED_BACKENDS, PooledAttention, table_width
 from trimkv_edge.export.onnx_pooled_evict import pooled_evict_model
+from trimkv_edge.export.onnx_prefill import LONGEST_DIRECT, branch_long_chunks
 from trimkv_edge.export.onnx_reshapes import drop_round_trips
 from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
 from trimkv_edge.export.onnx_rotary import fused_rotary
 from trimkv_edge.export.onnx_trace import trace
 from trimkv_edge.export.onnx_weights import fill, prepare
-from trimkv_edge.export.quantization import SCHEMES
+from trimkv_edge.export.quantization import SCHEMES, check_kv_dtype
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target
@@ -93,6 +96,7 @@ def export_onnx(
         raise ConfigError(
             f"--onnx-ops standard has no {scheme.weight_bits}-bit matrix product: use gqa, or --quant none"
         )
+    check_kv_dtype(scheme, config.kv_dtype)
     _check_kv_dtype(config, ops, scales)
     check = lint_standard if ops == "standard" else lint
     say("onnx: evict graph")
@@ -132,7 +136,7 @@ def _check_kv_dtype(config: CacheConfig, ops: str, scales: KVScales | None) -> N
             f"policy {config.policy} needs float32 keys and values: use --kv-dtype float32, or a policy that neither "
             "shares a budget nor looks at keys"
         )
-    if scales is None:
+    if config.kv_dtype == "int8" and scales is None:
         raise ConfigError("int8 keys and values need scales: measure them first (trimkv_edge.export.kv_ranges)")
 
 
@@ -162,10 +166,10 @@ def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) ->
 class _Decoder(nn.Module):
     """A step as a pure function of the cache, for tracing."""
 
-    def __init__(self, model: GatedModel, attention: Callable[..., OnnxAttention]) -> None:
+    def __init__(self, model: GatedModel, attention: Callable[..., OnnxAttention], finish: Finish) -> None:
         super().__init__()
         self.model = model
-        self.attention = attention
+        self.attention, self.finish = attention, finish
 
     def forward(
         self, input_ids: Tensor, position: Tensor, live_length: Tensor, log_beta: Tensor, cache: list[Tensor]
@@ -173,21 +177,21 @@ class _Decoder(nn.Module):
         count = input_ids.shape[1]
         backend = self.attention(cache[0::2], cache[1::2], live_length, count)
         logits = self.model(input_ids, chunk_positions(position, count), backend)
-        rows = torch.cat(backend.log_betas, dim=-1)[0]
+        rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
         written = onnx_ops.symbolic(
             "ScatterND", (log_beta, backend.slots[:, None], rows), dtype=torch.float32, shape=log_beta.shape, version=18
         )
         pairs = zip(backend.keys, backend.values, strict=True)
-        return (logits, written, *(tensor for pair in pairs for tensor in pair))
+        return (logits.float(), written, *(tensor for pair in pairs for tensor in pair))
 
 
 class _PooledDecoder(nn.Module):
     """The same where heads share a budget."""
 
-    def __init__(self, model: GatedModel, attention: type[PooledAttention]) -> None:
+    def __init__(self, model: GatedModel, attention: type[PooledAttention], finish: Finish) -> None:
         super().__init__()
         self.model = model
-        self.attention = attention
+        self.attention, self.finish = attention, finish
 
     def forward(
         self,
@@ -203,7 +207,8 @@ class _PooledDecoder(nn.Module):
         backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, count, heads)
         logits = self.model(input_ids, chunk_positions(position, count), backend)
         pairs = zip(backend.keys, backend.values, strict=True)
-        return (logits, backend.write_log_betas(log_beta), *(tensor for pair in pairs for tensor in pair))
+        rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
+        return (logits, backend.write_log_betas(log_beta, rows), *(tensor for pair in pairs for tensor in pair))
 
 
 def _save_decoder(
@@ -226,24 +231,27 @@ def _save_decoder(
         "live_length": number.clone(),
     }
     # Expanded: tracing needs shapes, not gigabytes.
-    decoder: nn.Module
     if config.caps is None:
-        # Int8 keys and values are for this backend alone.
-        decoder = _Decoder(model, partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops])
         prefixes = [f"{layer}" for layer in range(layers)]
         shapes = [(1, heads, config.slots, model.head_dim)] * layers
         table = zero.expand(config.slots, layers * heads)
     else:
-        decoder = _PooledDecoder(model, POOLED_BACKENDS[ops])
         prefixes = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
         shapes = [(1, 1, cap + config.buffer, model.head_dim) for caps in config.caps for cap in caps]
         table = zero.expand(layers * heads, table_width(config))
         plain["lengths"] = number.expand(layers * heads)
-    stored = zero.to(torch.int8) if config.kv_dtype == "int8" else zero
+    stored = zero.to(getattr(torch, config.kv_dtype))
     cache = [stored.expand(shape) for shape in shapes for _ in ("key", "value")]
     names = ["log_beta", *(f"{prefix}.{kind}" for prefix in prefixes for kind in ("key", "value"))]
     dynamic = {"input_ids": tokens, **{name: None for name in plain if name != "input_ids"}}
-    with fused_rotary(model) if ops == "gqa" else nullcontext():
+    with fused_rotary(model) if ops == "gqa" else nullcontext(), deferred_sigmoid(model) as finish:
+        decoder: nn.Module
+        if config.caps is not None:
+            decoder = _PooledDecoder(model, POOLED_BACKENDS[ops], finish)
+        else:
+            # Int8 keys and values are for this backend alone.
+            attention = partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops]
+            decoder = _Decoder(model, attention, finish)
         program = trace(
             decoder,
             (*plain.values(), table, cache),
@@ -253,6 +261,10 @@ def _save_decoder(
             {**dynamic, "log_beta": None, "cache": [None] * len(cache)},
         )
     drop_round_trips(program.model.graph)
+    if ops == "gqa":
+        fuse_skip_norms(program.model)
+        if config.prefill_chunk > LONGEST_DIRECT:
+            branch_long_chunks(program.model.graph)
     fill(program.model.graph, decoder)
     say("onnx: weights")
     save_with_data(program.model, path, DECODER_DATA, numbers)

@@ -29,7 +29,7 @@ class OnnxAttention(ABC):
 
     Attributes:
         keys, values: after the pass the cache after the step.
-        log_betas: per layer, float32 ``[1, T, kv_heads]``.
+        log_betas: per layer, ``[1, T, kv_heads]``: log-betas, or logits of them (:mod:`trimkv_edge.export.onnx_gates`).
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], live: Tensor, count: int) -> None:
@@ -38,7 +38,7 @@ class OnnxAttention(ABC):
         self.slots = live + torch.arange(count, dtype=torch.int64)
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
-        """Takes the chunk's log-betas, float32 ``[1, T, kv_heads]``; layers come in order."""
+        """Takes what a layer's gate gives for the chunk, ``[1, T, kv_heads]``; layers come in order."""
         self.log_betas.append(log_beta)
 
     @abstractmethod
@@ -72,13 +72,13 @@ class GroupQueryAttention(OnnxAttention):
         inputs: list[Tensor | None] = [*packed, past_key, past_value, self._last, self._total]
         if self._scales:
             attributes.update(k_quant_type="PER_CHANNEL", v_quant_type="PER_CHANNEL", kv_cache_bit_width=8)
-            by_channel = [torch.from_numpy(table[layer]) for table in (self._scales.key, self._scales.value)]
-            inputs += [None] * 5 + [table.view(1, kv_heads, 1, width) for table in by_channel]
+            by_channel = [table[layer][None, :, None] for table in (self._scales.key, self._scales.value)]
+            inputs += [None] * 5 + [torch.from_numpy(table) for table in by_channel]
         out, self.keys[layer], self.values[layer] = onnx_ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             inputs,
             attributes,
-            dtypes=(torch.float32, past_key.dtype, past_value.dtype),
+            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
             shapes=((batch, count, heads * width), past_key.shape, past_value.shape),
             version=1,
         )

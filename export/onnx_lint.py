@@ -83,11 +83,14 @@ class _Lines:
         writer = self.nodes[index]
         slots = _IN_PLACE.get((writer.domain, writer.op_type))
         output = list(writer.output).index(present)
-        if slots is None or output not in slots:
+        if writer.op_type == "If" and writer.domain in _STANDARD_DOMAINS:
+            # A branch gets the buffer that its outcome is bound to.
+            for inner in _subgraphs(writer):
+                yield from _Lines(inner).check(past, inner.output[output].name)
+        elif slots is None or output not in slots:
             yield f"{present} is made by {_describe(writer)}, which cannot write in place: all of it is copied"
             return
-        target = writer.input[slots[output]]
-        if target != past:
+        elif (target := writer.input[slots[output]]) != past:
             yield f"{present} is made by {_describe(writer)} from {target!r} instead of {past}: all of it is copied"
         ancestors = self._ancestors(index)
         for reader in self._readers_of(past):

@@ -45,15 +45,15 @@ class PooledAttention:
         self._held = lengths + live
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
-        """Takes the chunk's log-betas, float32 ``[1, T, kv_heads]``; layers come in order."""
+        """Takes what a layer's gate gives for the chunk, ``[1, T, kv_heads]``; layers come in order."""
         self.log_betas.append(log_beta)
 
-    def write_log_betas(self, table: Tensor) -> Tensor:
-        """The table ``[rows, W]`` with the chunk's log-betas of all layers."""
+    def write_log_betas(self, table: Tensor, log_betas: Tensor) -> Tensor:
+        """The table ``[rows, W]`` with the chunk's log-betas of all layers, ``[T, rows]``."""
         rows, count = table.shape[0], self._count
         slot = self._held.unsqueeze(1) + torch.arange(count, dtype=torch.int64)
         row = torch.arange(rows, dtype=torch.int64).unsqueeze(1).expand(rows, count)
-        new = torch.cat(self.log_betas, dim=-1)[0].transpose(0, 1)
+        new = log_betas.transpose(0, 1)
         where = torch.stack([row, slot], dim=-1)
         return onnx_ops.symbolic("ScatterND", (table, where, new), dtype=table.dtype, shape=table.shape, version=18)
 

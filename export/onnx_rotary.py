@@ -1,4 +1,8 @@
-"""Rotary embedding as one ``com.microsoft::RotaryEmbedding`` per query and key instead of six small operators."""
+"""Rotary embedding as one ``com.microsoft::RotaryEmbedding`` per query and key instead of six small operators.
+
+GroupQueryAttention can rotate too, but takes longer for it than the two operators (4 layers of 16 x 64 heads over an
+int8 cache: 2.38 instead of 2.28 ms per token).
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,12 @@ _FUNCTION = "apply_rotary_pos_emb"
 class _Rotary:
     """Takes the place of transformers' function while tracing; the chunk's cosines are the operator's whole table."""
 
-    def __init__(self) -> None:
-        self._cos: Tensor | None = None
-        self._halves: tuple[Tensor, Tensor, Tensor] | None = None
-
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if self._cos is not cos:  # once per pass, shared by all layers
-            # Both halves of the rotated width have the same angles.
-            self._cos = cos
-            half = cos.shape[-1] // 2
-            start = torch.zeros(1, dtype=torch.int64)
-            self._halves = (cos[0, :, :half], sin[0, :, :half], start)
-        return self._rotate(q), self._rotate(k)
+        start = torch.zeros(1, dtype=torch.int64)
+        return self._rotate(q, cos, sin, start), self._rotate(k, cos, sin, start)
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        assert self._halves is not None
-        cos, sin, start = self._halves
+    @staticmethod
+    def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor) -> Tensor:
         batch, heads, count, width = x.shape
         rotated = 2 * cos.shape[-1]
         packed = x.transpose(1, 2).reshape(batch, count, heads * width)
@@ -46,7 +40,7 @@ class _Rotary:
             "com.microsoft::RotaryEmbedding",
             (packed, start, cos, sin),
             attributes,
-            dtype=torch.float32,
+            dtype=x.dtype,
             shape=packed.shape,
             version=1,
         )
@@ -57,9 +51,21 @@ class _Rotary:
 def fused_rotary(model: GatedModel) -> Iterator[None]:
     """While open, the model's attention layers trace the fused operator (they look the function up in their module)."""
     module: ModuleType = sys.modules[type(model.base.model.layers[0].self_attn).__module__]
+    embedding = model.base.model.rotary_emb
     original = getattr(module, _FUNCTION)
     setattr(module, _FUNCTION, _Rotary())
+    embedding.forward = lambda x, position_ids: _angles(embedding, x, position_ids)
     try:
         yield
     finally:
         setattr(module, _FUNCTION, original)
+        del embedding.forward
+
+
+def _angles(embedding: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a chunk, ``[T, rotated / 2]``: transformers gives both halves, which are alike."""
+    angles = position_ids.float().view(-1, 1) * embedding.inv_freq
+    tables = angles.cos(), angles.sin()
+    if embedding.attention_scaling != 1:
+        tables = tables[0] * embedding.attention_scaling, tables[1] * embedding.attention_scaling
+    return tables[0].to(x.dtype), tables[1].to(x.dtype)

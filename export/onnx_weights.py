@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops as onnx_ops
 
+from trimkv_edge.errors import ModelError
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import module_bits
 from trimkv_edge.models.gated import GatedModel
@@ -30,6 +31,7 @@ BLOCK = 32
 INT8_ACTIVATIONS = 4
 # Elements of tensors that are real while tracing: the exporter merges small initialisers that look alike.
 _SMALL = 2**16
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.uint8: ir.DataType.UINT8}
 Array = npt.NDArray[Any]
 Source = Callable[[], Array]
 
@@ -51,22 +53,23 @@ class Stored(nn.Module):
 
 
 class PlainLinear(Stored):
-    """``x @ W``; W is stored as the operator reads it, so that nothing has to be transposed."""
+    """``x @ W`` in the dtype of W, which is stored as the operator reads it, so that nothing has to be transposed."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, linear: nn.Linear, load: dict[str, Source]) -> None:
+    def __init__(self, linear: nn.Linear, load: dict[str, Source], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         weight = load["weight"]
-        self.store("weight", (linear.in_features, linear.out_features), lambda: weight().T)
+        self.store("weight", (linear.in_features, linear.out_features), lambda: weight().T, dtype)
         self.with_bias = linear.bias is not None
         if self.with_bias:
-            self.store("bias", (linear.out_features,), load["bias"])
+            self.store("bias", (linear.out_features,), load["bias"], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        out = x @ self.weight
+        # A gate in float16 is handed float32, because its last bias is.
+        out = x.to(self.weight.dtype) @ self.weight
         return out + self.bias if self.with_bias else out
 
 
@@ -93,25 +96,25 @@ class QuantizedLinear(Stored):
         attributes: dict[str, Any] = dict(
             N=self.size[0], K=self.size[1], bits=self.bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS
         )
-        out = onnx_ops.symbolic(
+        bias = (None, None, self.bias) if self.with_bias else ()
+        return onnx_ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x, self.packed, self.scales),
+            (x, self.packed, self.scales, *bias),
             attributes,
             dtype=torch.float32,
             shape=(*x.shape[:-1], self.size[0]),
             version=1,
         )
-        return out + self.bias if self.with_bias else out
 
 
 class PlainEmbedding(Stored):
-    """Rows of a float32 table."""
+    """Rows of a table of floats."""
 
     weight: Tensor
 
-    def __init__(self, embedding: nn.Embedding, load: dict[str, Source]) -> None:
+    def __init__(self, embedding: nn.Embedding, load: dict[str, Source], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.store("weight", tuple(embedding.weight.shape), load["weight"])
+        self.store("weight", tuple(embedding.weight.shape), load["weight"], dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[..., T] -> [..., T, hidden_size]``."""
@@ -158,12 +161,14 @@ def prepare(model: GatedModel, weights: Weights, scheme: Scheme) -> GatedModel:
     names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
     stored = module_bits(model, scheme)
     for module in model.modules():
-        load = {own: _loader(weights, names[id(p)]) for own, p in module.named_parameters(recurse=False)}
         bits = stored.get(id(module), 32)
+        dtype = torch.float16 if bits == 16 else torch.float32
+        load = {own: _loader(weights, names[id(p)], dtype) for own, p in module.named_parameters(recurse=False)}
+        plain = bits >= 16
         if isinstance(module, nn.Embedding):
-            memo[id(module)] = PlainEmbedding(module, load) if bits == 32 else QuantizedEmbedding(module, load, bits)
+            memo[id(module)] = PlainEmbedding(module, load, dtype) if plain else QuantizedEmbedding(module, load, bits)
         elif isinstance(module, nn.Linear):
-            memo[id(module)] = PlainLinear(module, load) if bits == 32 else QuantizedLinear(module, load, bits)
+            memo[id(module)] = PlainLinear(module, load, dtype) if plain else QuantizedLinear(module, load, bits)
         else:
             for own, parameter in module.named_parameters(recurse=False):
                 memo[id(parameter)] = nn.Parameter(torch.from_numpy(load[own]()), requires_grad=False)
@@ -181,12 +186,17 @@ def fill(graph: ir.Graph, traced: nn.Module) -> None:
     for name, value in graph.initializers.items():
         if name in stored:
             tensor, source = stored[name]
-            dtype = ir.DataType.UINT8 if tensor.dtype == torch.uint8 else ir.DataType.FLOAT
+            dtype = _DTYPES[tensor.dtype]
             value.const_value = ir.LazyTensor(_as_tensor(name, source), dtype, ir.Shape(tuple(tensor.shape)), name=name)
 
 
 def round_trip(weight: Tensor, bits: int) -> Tensor:
-    """What a matrix ``[out, in]`` is after rounding to ``bits``: what the engine multiplies with, float32."""
+    """What a matrix ``[out, in]`` is after rounding to ``bits``: what the engine multiplies with, float32.
+
+    16 bits are float16, of any shape.
+    """
+    if bits == 16:
+        return weight.half().float()
     packed, scales = quantize(weight.numpy(), bits)
     rows, width = weight.shape
     values = packed.reshape(rows, -1)
@@ -233,8 +243,17 @@ def _quantize_last(which: _Quantized) -> tuple[Array, Array]:
     return quantize(which.source(), which.bits)
 
 
-def _loader(weights: Weights, name: str) -> Source:
-    return lambda: weights(name).numpy()
+def _loader(weights: Weights, name: str, dtype: torch.dtype) -> Source:
+    def load() -> Array:
+        given = weights(name)
+        values = given.to(dtype)
+        if dtype == torch.float16 and values.isinf().any():
+            raise ModelError(
+                f"{name} holds {given.abs().max():.3g}, but float16 ends at 65504: use --quant none, int8 or int4"
+            )
+        return np.asarray(values.numpy())
+
+    return load
 
 
 def _as_tensor(name: str, source: Source) -> Callable[[], ir.TensorProtocol]:

@@ -28,7 +28,7 @@ from trimkv_edge.export.card import write_card
 from trimkv_edge.export.check_artefact import verify_targets
 from trimkv_edge.export.estimate import ExportCost, estimate
 from trimkv_edge.export.kv_ranges import SAMPLE_TOKENS, measure_scales
-from trimkv_edge.export.quantization import find_scheme
+from trimkv_edge.export.quantization import check_kv_dtype, find_scheme
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import gate_parameters, gated_outline, stored_bytes
 from trimkv_edge.export.reference import ReferenceWeights
@@ -43,9 +43,20 @@ from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, loa
 from trimkv_edge.models.rope import choose_rope
 from trimkv_edge.models.skeleton import filled
 from trimkv_edge.models.source import ModelSource, find_source
+from trimkv_edge.policies.base import Policy
 
 _FLOAT = 4
-_TOOLS = ("trimkv-edge", "torch", "transformers", "executorch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+_TOOLS = (
+    "trimkv-edge",
+    "torch",
+    "torchao",
+    "transformers",
+    "executorch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class ExportRequest:
     gates: str | None = None
     dtype: str = "float32"
     quant: str = "none"
-    kv_dtype: str = "float32"
+    embedding_bits: int | None = None
+    kv_dtype: str | None = None
     rope: str = "auto"
     stream_length: int | None = None
     weights: Path | None = None
@@ -133,7 +145,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         raise ConfigError(f"dtype {request.dtype!r} cannot be exported yet: use --dtype float32")
     policy = find_policy(request.policy)
     ops = check_ops(request.targets, request.ops)
-    scheme = find_scheme(request.quant, request.targets)
+    scheme = find_scheme(request.quant, request.targets, request.embedding_bits)
+    kv_dtype = _kv_dtype(request, policy, scheme, ops)
     source = find_source(request.model, request.weights, request.random_weights)
     rope = choose_rope(source.config, request.rope, request.stream_length)
     request = replace(request, gates=gates_for(policy, source, request.gates))
@@ -142,9 +155,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     outline = gated_outline(source, kind)
     shape = source.shape(gate_parameters(outline))
     cache = CacheConfig(
-        budget=parse_budget(
-            request.budget, shape, request.buffer, "int8" if request.kv_dtype == "int8" else request.dtype
-        ),
+        budget=parse_budget(request.budget, shape, request.buffer, kv_dtype),
         buffer=request.buffer,
         prefill_chunk=request.prefill_chunk,
         policy=request.policy,
@@ -152,18 +163,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         recent=request.recent,
         min_per_head=request.min_per_head,
         threshold=request.threshold,
-        kv_dtype=request.kv_dtype,
+        kv_dtype=kv_dtype,
     )
-    for target in request.targets:
-        if cache.kv_dtype not in TARGETS[target].kv_dtypes:
-            raise ConfigError(
-                f"{target} keeps {' or '.join(TARGETS[target].kv_dtypes)} keys and values: leave out --kv-dtype, or "
-                f"the target"
-            )
-    if cache.kv_dtype != "float32" and (policy.pooled or policy.key_score):
-        raise ConfigError(
-            f"policy {policy.name} needs float32 keys and values: leave out --kv-dtype, or use another policy"
-        )
     calibration = None
     if policy.pooled:
         request = replace(request, caps=request.caps or AUTO)
@@ -192,9 +193,36 @@ def plan_export(request: ExportRequest) -> ExportPlan:
             "--rope long"
         )
     memory = replace(estimate_memory(shape, cache, request.dtype), weights=stored_bytes(outline, scheme))
+    if scheme.dtype == "float16":
+        # The runtime's device is a CPU, which multiplies float32 copies: as many bytes again as the file has, at least.
+        memory = replace(memory, workspace=memory.workspace + memory.weights)
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
     return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), scheme, outline, calibration)
+
+
+def _kv_dtype(request: ExportRequest, policy: Policy, scheme: Scheme, ops: dict[str, str]) -> str:
+    """How keys and values are stored: as asked for, else as the scheme computes.
+
+    Raises:
+        ConfigError: not known, or the scheme, a target, its operators or the policy cannot have them so.
+    """
+    chosen = scheme.kv_dtypes[0] if request.kv_dtype is None else request.kv_dtype
+    check_kv_dtype(scheme, chosen)
+    for target in request.targets:
+        if chosen not in TARGETS[target].kv_dtypes:
+            raise ConfigError(
+                f"{target} keeps {' or '.join(TARGETS[target].kv_dtypes)} keys and values: leave out --kv-dtype, or "
+                f"the target"
+            )
+    option = "--quant fp16" if chosen == "float16" else "--kv-dtype"
+    if chosen != "float32" and (policy.pooled or policy.key_score):
+        raise ConfigError(
+            f"policy {policy.name} needs float32 keys and values: leave out {option}, or use another policy"
+        )
+    if chosen != "float32" and ops.get("onnx") == "standard":
+        raise ConfigError(f"--onnx-ops standard keeps float32 keys and values only: use gqa, or leave out {option}")
+    return chosen
 
 
 def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -251,12 +279,13 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
             cache=plan.config,
             rope=loaded.rope,
             tokenizer=tokenizer,
-            dtype=request.dtype,
+            dtype=plan.scheme.dtype,
             quantization=plan.scheme.name,
             bytes=ByteInfo(plan.memory.cache, stored_bytes(loaded.model, plan.scheme), plan.memory.peak),
             targets=targets,
             files=describe_files(folder),
             tools=tool_versions(),
+            embedding_bits=request.embedding_bits,
         )
         manifest = verify_targets(manifest, loaded, folder, report, progress, scales)
         manifest = write_card(manifest, folder)
@@ -273,7 +302,7 @@ def _scales(
     progress: Callable[[int, int], None] | None,
 ) -> KVScales | None:
     """Scales of int8 keys and values, if they are stored so."""
-    if plan.config.kv_dtype == "float32":
+    if plan.config.kv_dtype != "int8":
         return None
     say("scales of int8 keys and values")
     (target,) = plan.ops

@@ -9,12 +9,12 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from trimkv_edge.export.quantization.base import Scheme
-from trimkv_edge.export.quantization.bits import module_bits
+from trimkv_edge.export.quantization.bits import module_bits, parameter_bits
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, parameter_slots
 
 Module = TypeVar("Module", bound=nn.Module)
-# A weight matrix and its bits -> what it is after rounding.
+# A weight and its bits -> what it is after rounding; 16 bits may be of any tensor, fewer of a matrix.
 Rounding = Callable[[Tensor, int], Tensor]
 
 
@@ -41,12 +41,13 @@ class ReferenceWeights:
         for module in part.modules():
             bits = self._bits.get(id(module), 32)
             for own, parameter in module.named_parameters(recurse=False):
-                if own == "weight" and bits < 32:
+                if parameter_bits(bits, own) < 32:
                     # Per module: an output layer may be tied to an embedding of other bits.
-                    other = rounded[id(module)] = copy.copy(module)
-                    other._parameters = dict(module._parameters)
+                    if id(module) not in rounded:
+                        rounded[id(module)] = copy.copy(module)
+                        rounded[id(module)]._parameters = dict(module._parameters)
                     value = self._rounding(self._value(parameter), bits)
-                    other._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+                    rounded[id(module)]._parameters[own] = nn.Parameter(value, requires_grad=False)
                 elif id(parameter) not in plain:
                     plain[id(parameter)] = nn.Parameter(self._value(parameter), requires_grad=False)
         for module in rounded.values():

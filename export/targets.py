@@ -57,6 +57,7 @@ class TargetSpec:
         rounding: what quantised weights of this target are in float32.
         with_float_activations: ``(folder, target, scratch)`` -> the same target without activations rounded to int8,
             for verification; its files may lie in ``scratch``, inside the folder. None: it cannot be had.
+        with_rounded_activations: the eager model that rounds activations as the target does. None: it cannot be had.
     """
 
     ops: tuple[str, ...]
@@ -64,10 +65,12 @@ class TargetSpec:
     rounding: Rounding = exact
     kv_dtypes: tuple[str, ...] = ("float32",)
     with_float_activations: Callable[[Path, Target, Path], Target] | None = None
+    with_rounded_activations: Callable[[GatedModel, Weights, Scheme], GatedModel] | None = None
 
 
 def _executorch(job: Job) -> Target:
     from trimkv_edge.export.executorch import export_executorch
+    from trimkv_edge.export.resume import Numbers
 
     metadata: dict[str, int | list[int]] = {}
     if job.tokenizer is not None:
@@ -82,6 +85,7 @@ def _executorch(job: Job) -> Target:
         scheme=job.scheme,
         weights=job.weights,
         metadata=metadata,
+        numbers=Numbers(job.key, job.restart, job.say, job.progress),
         progress=job.say,
     )
 
@@ -90,6 +94,12 @@ def _executorch_rounding(weight: Tensor, bits: int) -> Tensor:
     from trimkv_edge.export.executorch_quantize import round_trip
 
     return round_trip(weight, bits)
+
+
+def _executorch_reference(model: GatedModel, weights: Weights, scheme: Scheme) -> GatedModel:
+    from trimkv_edge.export.executorch_quantize import reference_model
+
+    return reference_model(model, weights, scheme)
 
 
 def _onnx(job: Job) -> Target:
@@ -122,8 +132,13 @@ def _onnx_float(folder: Path, target: Target, scratch: Path) -> Target:
 
 
 TARGETS: dict[str, TargetSpec] = {
-    "executorch": TargetSpec(("xnnpack", "portable"), _executorch, _executorch_rounding),
-    "onnx": TargetSpec(("gqa", "standard"), _onnx, _onnx_rounding, ("float32", "int8"), _onnx_float),
+    "executorch": TargetSpec(
+        ("xnnpack", "portable"),
+        _executorch,
+        _executorch_rounding,
+        with_rounded_activations=_executorch_reference,
+    ),
+    "onnx": TargetSpec(("gqa", "standard"), _onnx, _onnx_rounding, ("float32", "float16", "int8"), _onnx_float),
 }
 
 

@@ -60,10 +60,10 @@ def cache_bytes(shape: ModelShape, config: CacheConfig, dtype: str) -> int:
 
     Each head has M + B slots, and int64 positions of the M kept ones. With caps, a head has its cap + B slots for keys
     and values, the tables of log-betas and positions are as wide as the largest cap needs, and the number that each
-    head keeps is stored. ``dtype`` is the model's; a cache of int8 keys and values says so itself.
+    head keeps is stored. ``dtype`` is the model's; a cache of float16 or int8 keys and values says so itself.
     """
-    if config.kv_dtype == "int8":
-        dtype = "int8"
+    if config.kv_dtype != "float32":
+        dtype = config.kv_dtype
     if config.caps is None:
         return config.slots * entry_bytes(shape, dtype) + config.budget * shape.rows * _POSITION_BYTES
     every = [cap for heads in config.caps for cap in heads]

@@ -44,7 +44,7 @@ class StaticCache:
         mass: float32, shaped like ``log_beta``: attention received so far; None unless the policy reads it.
         seen: tokens read; live: filled slots, alike in every head.
 
-    Int8 keys and values are held as the float32 numbers that they stand for.
+    Int8 keys and values are held as the float32 numbers that they stand for, float16 ones without rounding.
 
     Raises:
         ConfigError: a policy whose heads share a budget, settings that the policy cannot honour, or int8 storage
@@ -62,7 +62,7 @@ class StaticCache:
         device: torch.device | str = "cpu",
         scales: KVScales | None = None,
     ) -> None:
-        if (scales is None) != (config.kv_dtype == "float32"):
+        if (scales is None) == (config.kv_dtype == "int8"):
             raise ConfigError(f"a cache of {config.kv_dtype} keys and values needs its scales, and no other has them")
         self._scales = scales and [
             [torch.from_numpy(x).unsqueeze(1) for x in table] for table in (scales.key, scales.value)

@@ -101,7 +101,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime has to know before it loads an artefact."""
+    """Everything a runtime has to know before it loads an artefact. ``embedding_bits``: as asked for; None: the
+    scheme's."""
 
     __pydantic_config__ = _STRICT
     schema_version: int
@@ -116,6 +117,7 @@ class Manifest:
     targets: dict[str, Target]
     files: dict[str, FileInfo]
     tools: dict[str, str]
+    embedding_bits: int | None = None
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json`` atomically."""

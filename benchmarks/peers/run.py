@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,9 @@ def main() -> None:
         return
     quiet_libraries()
     sys.path.append(str(HERE.parent))
-    from common import save as store  # it imports torch: not for --help and --setup, and not after an hour of measuring
+    # They import torch: not for --help and --setup, and not after an hour of measuring.
+    from common import copy_bandwidth
+    from common import save as store
 
     started = time.perf_counter()
     rows: dict[str, dict[str, Any]] = {name: {} for name in peers}
@@ -55,7 +56,7 @@ def main() -> None:
     if args.build_only:
         _print_missing(rows)
         return
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(args.threads)
     reference = json.loads((weights_folder(args.shape) / "reference.json").read_text())
     plan = Plan(args.contexts, args.threads, args.rounds, args.turns, args.steps)
     needs = {
@@ -77,17 +78,6 @@ def main() -> None:
     print(f"\ncopy bandwidth {bandwidth:.1f} GB/s; {time.perf_counter() - started:.0f} s in all")
     if any("not the same weights" in row.get("missing", "") for row in rows.values()):
         sys.exit(1)
-
-
-def copy_bandwidth(size: int = 2**28, repeats: int = 9) -> float:
-    """GB/s of copying an array that no cache holds, bytes read and bytes written both counted."""
-    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        np.copyto(target, source)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size / median(seconds) / 1e9
 
 
 def _lanes(peers: dict[str, Peer], args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> list[Lane]:

@@ -89,7 +89,7 @@ class Model(protocol.Model):
         cache = self.manifest.cache
         return {
             "versions": self.manifest.tools,
-            "cache": "float32",
+            "cache": cache.kv_dtype,
             "policy": f"{cache.policy}, {cache.budget} + {cache.buffer} entries per head",
             "cache_bytes": self.manifest.bytes.cache,
         }

@@ -14,12 +14,13 @@ class Scheme:
     Attributes:
         name: as in ``--quant``.
         weight_bits: of the linear layers, the output layer included.
-        embedding_bits: of the token embedding.
+        embedding_bits: of the token embedding; an export may ask for others.
         gate_bits: of the retention gates' linear layers; 32 leaves them in float32. Chosen by survivor agreement, see
-            docs/quantization.md.
+            docs/quantization.md. 16 is float16, biases and norms included; other numbers are packed integers.
         targets: those that can build it.
         dynamic: targets whose engine rounds activations to int8 while it runs, so that it agrees with float32
             activations closely, not exactly.
+        kv_dtypes: how keys and values can be stored; the first is the default.
     """
 
     name: str
@@ -28,8 +29,14 @@ class Scheme:
     gate_bits: int
     targets: tuple[str, ...]
     dynamic: tuple[str, ...] = ()
+    kv_dtypes: tuple[str, ...] = ("float32", "int8")
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "embedding_bits", "gate_bits"):
-            if getattr(self, field) not in (4, 8, 32):
-                raise ConfigError(f"{field} of {self.name} is {getattr(self, field)}, but must be 4, 8 or 32")
+            if getattr(self, field) not in (4, 8, 16, 32):
+                raise ConfigError(f"{field} of {self.name} is {getattr(self, field)}, but must be 4, 8, 16 or 32")
+
+    @property
+    def dtype(self) -> str:
+        """What the model computes in; gates' log-betas are float32 always."""
+        return "float16" if self.weight_bits == 16 else "float32"

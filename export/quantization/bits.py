@@ -11,12 +11,12 @@ from trimkv_edge.models.gates import GateShape
 from trimkv_edge.models.source import ModelSource
 from trimkv_edge.retention import NoGate, build_gates
 
-_FLOAT = 4
+_FLOAT = 4  # bytes of a scale
 _SCALED = 32  # weights that share a float32 scale
 
 
 def module_bits(model: GatedModel, scheme: Scheme) -> dict[int, int]:
-    """Bits of the ``weight`` of every module that has one to round, by the module's ``id``."""
+    """Bits of every module that has something to round, by the module's ``id``; see :func:`parameter_bits`."""
     gates = {id(part) for gate in model.gates for part in gate.modules()}
     bits = {}
     for module in model.modules():
@@ -24,17 +24,25 @@ def module_bits(model: GatedModel, scheme: Scheme) -> dict[int, int]:
             bits[id(module)] = scheme.embedding_bits
         elif isinstance(module, nn.Linear):
             bits[id(module)] = scheme.gate_bits if id(module) in gates else scheme.weight_bits
+        elif scheme.weight_bits == 16 and id(module) not in gates:
+            bits[id(module)] = 16
     return bits
 
 
+def parameter_bits(bits: int, name: str) -> int:
+    """Bits of a module's own parameter: integers stand for its ``weight`` alone, float16 for all it has."""
+    return bits if name == "weight" or bits == 16 else 32
+
+
 def stored_bytes(model: GatedModel, scheme: Scheme) -> int:
-    """Bytes of all weights in an artefact; a tied output layer that is rounded otherwise than the embedding counts."""
+    """Bytes of all weights in an artefact; what is packed is packed for each module, tied to another or not."""
     bits, seen, total = module_bits(model, scheme), set(), 0
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind = bits.get(id(module), 32) if name == "weight" else 32
-            if (id(parameter), kind) not in seen:
-                seen.add((id(parameter), kind))
+            kind = parameter_bits(bits.get(id(module), 32), name)
+            held = (id(module if kind <= 8 else parameter), kind)
+            if held not in seen:
+                seen.add(held)
                 total += _packed(parameter, kind)
     return total
 
@@ -45,8 +53,8 @@ def gate_parameters(model: GatedModel) -> int:
 
 
 def _packed(parameter: torch.Tensor, bits: int) -> int:
-    if bits == 32:
-        return parameter.numel() * _FLOAT
+    if bits >= 16:
+        return parameter.numel() * bits // 8
     rows, width = parameter.shape
     blocks = -(-width // _SCALED)
     return int(rows * blocks * (_SCALED * bits // 8 + _FLOAT))

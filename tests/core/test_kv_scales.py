@@ -52,12 +52,14 @@ def test_the_cache_holds_numbers_of_the_grid() -> None:
 
 
 def test_settings_that_cannot_be_honoured() -> None:
-    with pytest.raises(ConfigError, match=r"KV dtype 'int4' is not known: use one of float32, int8"):
+    with pytest.raises(ConfigError, match=r"KV dtype 'int4' is not known: use one of float32, float16, int8"):
         CacheConfig(8, 4, 4, kv_dtype="int4")
     with pytest.raises(ConfigError, match="needs its scales"):
         StaticCache(CONFIG, 2, 3, 4)
     with pytest.raises(ConfigError, match="no other has them"):
         StaticCache(CacheConfig(8, 4, 4), 2, 3, 4, scales=scales())
+    with pytest.raises(ConfigError, match="no other has them"):
+        StaticCache(CacheConfig(8, 4, 4, kv_dtype="float16"), 2, 3, 4, scales=scales())
     with pytest.raises(ConfigError, match="policy global keeps float32 keys and values only"):
         new_cache(CacheConfig(8, 4, 4, policy="global", kv_dtype="int8"), 2, 3, 4)
     with pytest.raises(ConfigError, match="positive and finite"):
@@ -70,6 +72,7 @@ def test_a_quarter_of_the_bytes() -> None:
     # 12 slots x 6 heads x (2 x 4 x 1 + 4) bytes, and 8 positions x 6 x 8.
     assert cache_bytes(SHAPE, CONFIG, "float32") == 12 * 6 * 12 + 8 * 6 * 8
     assert cache_bytes(SHAPE, CacheConfig(8, 4, 4), "float32") == 12 * 6 * 36 + 8 * 6 * 8
+    assert cache_bytes(SHAPE, CacheConfig(8, 4, 4, kv_dtype="float16"), "float32") == 12 * 6 * 20 + 8 * 6 * 8
     total = cache_bytes(SHAPE, CONFIG, "float32")
     assert parse_budget(f"{total}B", SHAPE, 4, "int8") == 8
 

@@ -18,7 +18,9 @@ from torch import nn
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
 from trimkv_edge.export.executorch import PROGRAM, export_executorch, partitioners
+from trimkv_edge.export.executorch_parts import PackedParts
 from trimkv_edge.export.executorch_quantize import (
+    Late,
     QuantizedLinear,
     Zeros,
     reference_model,
@@ -114,7 +116,8 @@ class Quantized:
 
     def parity(self, reference: GatedModel) -> ParityReport:
         plan = stream_plan(CONFIG.budget, CONFIG.buffer, CONFIG.prefill_chunk, events=8)
-        return compare(EagerEngine(reference, CONFIG), self.engine, random_tokens(sum(plan)), plan, 2e-5)
+        tokens = random_tokens(sum(plan))
+        return compare(EagerEngine(reference, CONFIG), self.engine, tokens, plan, 2e-5, close_abs=2e-5)
 
 
 @pytest.fixture(scope="module", params=["int8", "8da4w"])
@@ -138,10 +141,12 @@ def test_program_agrees_with_the_reference(quantized: Quantized) -> None:
     if quantized.scheme == "int8":  # float32 activations: nothing but float noise
         assert report.max_logit_diff <= 1e-4
         assert (report.survivor_mismatches, report.greedy_mismatches) == (0, 0)
-    else:  # float noise moves some activations over a rounding step
+    else:  # float noise moves some activations over a rounding step; without that, calls agree to float noise
+        assert report.close is not None
+        assert report.close >= 0.7 * report.steps
         assert report.max_logit_diff <= 0.3
-        assert report.survivor_mismatches <= 0.02 * report.survivors
-        assert report.greedy_mismatches <= 0.1 * report.steps
+        assert report.survivor_mismatches <= 0.002 * report.survivors
+        assert report.greedy_mismatches <= report.steps - report.close
     far = quantized.parity(quantized.model)
     assert far.max_logit_diff > 10 * report.max_logit_diff, "the weights were not rounded"
 
@@ -180,7 +185,7 @@ def test_a_layer_that_never_got_its_weights_is_an_error() -> None:
     model.add_module("used", nn.Linear(2, 2))
     model.add_module("same", model.used)
     model.add_module("lost", nn.Linear(2, 2))
-    late = LateWeights({name: dict for name in ("used", "same", "lost")}, "model", None)
+    late = LateWeights({name: Late(dict) for name in ("used", "same", "lost")}, "model", PackedParts())
     late._used.add("model.used")
     with pytest.raises(VerificationError, match=r"lacks the weights of model\.lost"):
         late.check_used(model)

@@ -99,3 +99,30 @@ def test_attention_must_return_the_cache_it_read() -> None:
 
     assert lint(attention("past.k", "past.v")) == []
     assert len(lint(attention("past.v", "past.k"))) == 2
+
+
+def branches(*writers: NodeProto) -> NodeProto:
+    """An If whose branches make ``present.x``."""
+    value = helper.make_tensor_value_info
+    made = [
+        helper.make_graph([writer], f"b{index}", [], [value(writer.output[0], TensorProto.FLOAT, [4, 2])])
+        for index, writer in enumerate(writers)
+    ]
+    return node("If", ["flag"], ["present.x"], then_branch=made[0], else_branch=made[1])
+
+
+def test_branches_that_write_in_place_are_safe() -> None:
+    assert lint(graph(branches(write(present="a"), write(present="b")), READ_AFTER)) == []
+
+
+def test_each_branch_is_looked_at() -> None:
+    copying = node("Where", ["flag", "row", "past.x"], ["b"])
+    found = lint(graph(branches(write(present="a"), copying), READ_AFTER))
+    assert found == ["b is made by Where 'b', which cannot write in place: all of it is copied"]
+    found = lint(graph(branches(write("other", "a"), write(present="b")), node("Neg", ["row"], ["other"]), READ_AFTER))
+    assert found == ["a is made by ScatterND 'write' from 'other' instead of past.x: all of it is copied"]
+
+
+def test_reading_beside_a_branch_is_found() -> None:
+    found = lint(graph(branches(write(present="a"), write(present="b")), node("Neg", ["past.x"], ["y"])))
+    assert found == ["Neg 'y' reads past.x, but does not come before its writer If 'present.x' in every order"]

@@ -72,9 +72,20 @@ class ChoosesTheSecond(EagerEngine):
         return logits
 
 
+class Overflows(EagerEngine):
+    """Gives NaN once, where it hides: the greedy token stays what it was."""
+
+    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
+        logits = super()._forward(ids, position, live).copy()
+        if position == 8:
+            logits = np.where(np.arange(logits.size) == logits.argmax(), np.float32(np.nan), logits)
+        return logits
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (Overflows, "logits differ by nan"),
         (KeepsTheNewest, r"\d+ of \d+ survivors differ"),
         (IsNoisy, "logits differ"),
         (ChoosesTheSecond, "greedy tokens differ"),

@@ -122,14 +122,20 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--quant",
         default="none",
         metavar="SCHEME",
-        help="weights in fewer bits: int8, int4 (onnx), 8da4w (both targets; in onnx the same as int4) or none "
-        "(default)",
+        help="weights in fewer bits: int8, int4 (onnx), 8da4w (both targets; in onnx the same as int4), fp16 (onnx, "
+        "for GPUs: arithmetic and cache in float16 too) or none (default)",
+    )
+    add(
+        "--embedding-bits",
+        type=int,
+        metavar="N",
+        help="with int8, int4 or 8da4w: bits of the token embedding, 8 (default) or 4",
     )
     add(
         "--kv-dtype",
-        default="float32",
         metavar="DTYPE",
-        help="keys and values of the cache: float32 (default) or int8 (onnx: a quarter of the bytes, and faster)",
+        help="keys and values of the cache: float32 (default), int8 (onnx: a quarter of the bytes, and faster), or "
+        "float16, which is what --quant fp16 always has",
     )
     add(
         "--rope",
@@ -250,6 +256,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         gates=args.gates,
         dtype=args.dtype,
         quant=args.quant,
+        embedding_bits=args.embedding_bits,
         kv_dtype=args.kv_dtype,
         rope=args.rope,
         stream_length=args.stream_length,
@@ -275,7 +282,7 @@ def describe_plan(plan: ExportPlan) -> list[str]:
         protected += f", at least {config.min_per_head} per head"
     if config.threshold:
         protected += f", retention of {config.threshold:g} or more"
-    at_32k = full_cache_bytes(shape, 32768, plan.request.dtype)
+    at_32k = full_cache_bytes(shape, 32768, plan.scheme.dtype)
     return [
         f"model     {plan.source.name} ({plan.source.origin}): {shape.parameters / 1e6:.1f} M parameters {gates}, "
         f"{shape.num_layers} layers x {shape.num_kv_heads} KV heads x {shape.head_dim}",
@@ -327,6 +334,7 @@ def _agreement(parity: dict[str, Any]) -> str:
     return (
         f"{shares['survivors']} ({parity['survivors']} over {parity['events']} events), {shares['greedy tokens']} "
         f"({parity['steps']}), logits within {parity['max_logit_diff']:.0e}"
+        + (f", in {parity['close']} calls equal but for float noise" if "close" in parity else "")
     )
 
 

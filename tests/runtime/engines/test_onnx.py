@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from onnx_artefact import Artefact, feed, make_artefact, spread_gates
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
-from trimkv_edge.runtime.engines.onnx import OnnxEngine
+from trimkv_edge.runtime.engines.onnx import OnnxEngine, _plain_attention
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,16 @@ def test_state_arrays_are_copies(artefact: Artefact) -> None:
     feed(engine, random_tokens(40), (4,))
     for array, copy in zip((state.key, state.value, state.log_beta, state.positions, kept), frozen, strict=True):
         np.testing.assert_array_equal(array, copy)
+
+
+def test_the_attention_switch_is_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+    monkeypatch.delenv(name, raising=False)
+    with _plain_attention(True):
+        assert os.environ[name] == "1"
+    assert name not in os.environ
+    with _plain_attention(False):
+        assert name not in os.environ
+    monkeypatch.setenv(name, "0")
+    with _plain_attention(True):
+        assert os.environ[name] == "0", "what the user set holds"
