@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def measure(model: str, target: str, scheme: str, args: Any) -> dict[str, Any]:
         output = Path(scratch) / "artefact"
         command = [sys.executable, "-m", "trimkv_edge.cli.export", "--model", model, "--random-weights"]
         command += ["--target", target, "--quant", scheme, "--budget", str(args.budget), "-o", str(output), "--restart"]
-        command += ["--kv-dtype", args.kv_dtype]
+        if args.kv_dtype:
+            command += ["--kv-dtype", args.kv_dtype]
         peak, seconds, text = export(command)
         manifest = load_manifest(output, verify_files=False)
         loaded = subprocess.run(
@@ -70,6 +72,8 @@ def measure(model: str, target: str, scheme: str, args: Any) -> dict[str, Any]:
             text=True,
             check=True,
         ).stdout.split()
+        if args.keep:
+            shutil.copytree(output, args.keep / f"{model}-{target}-{scheme}-{args.budget}", dirs_exist_ok=True)
         size = sum(manifest.files[file].bytes for file in manifest.targets[target].files.values())
     found = _SIZE.search(text)
     predicted = parse_size(found[1].replace(" ", "")) if found else None
@@ -78,7 +82,7 @@ def measure(model: str, target: str, scheme: str, args: Any) -> dict[str, Any]:
         "parameters": manifest.model.parameters,
         "target": target,
         "scheme": scheme,
-        "kv_dtype": args.kv_dtype,
+        "kv_dtype": manifest.cache.kv_dtype,
         "budget": args.budget,
         "peak_rss_bytes": peak,
         "predicted_peak_bytes": predicted,
@@ -99,9 +103,10 @@ def main() -> None:
     options.add_argument("--model", nargs="+", default=["phi-3-mini"])
     options.add_argument("--targets", nargs="+", default=["onnx"])
     options.add_argument("--schemes", nargs="+", default=["int4"])
-    options.add_argument("--kv-dtype", default="float32")
+    options.add_argument("--kv-dtype", help="default: the scheme's")
     options.add_argument("--budget", type=int, default=1024)
     options.add_argument("--scratch", type=Path, help="folder for the artefacts (default: the system's)")
+    options.add_argument("--keep", type=Path, metavar="FOLDER", help="copy the artefacts into it")
     args = options.parse_args()
     rows: list[dict[str, Any]] = []
     if args.output.is_file():

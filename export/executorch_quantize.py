@@ -105,7 +105,7 @@ def _group(columns: int, bits: int) -> int:
     if columns % GROUP:
         raise ConfigError(
             f"4-bit weights of executorch come in groups of {GROUP}, which do not divide a width of {columns}: "
-            "use --quant int8"
+            "use --quant int8, and no --embedding-bits 4"
         )
     return GROUP
 

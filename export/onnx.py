@@ -32,7 +32,7 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
 from trimkv_edge.eviction import policy_of, require_exportable
 from trimkv_edge.export.onnx_attention import BACKENDS, GroupQueryAttention, OnnxAttention
-from trimkv_edge.export.onnx_data import Numbers, save_with_data
+from trimkv_edge.export.onnx_data import save_with_data
 from trimkv_edge.export.onnx_evict import evict_model
 from trimkv_edge.export.onnx_gates import Finish, deferred_sigmoid
 from trimkv_edge.export.onnx_lint import lint, lint_standard
@@ -47,6 +47,7 @@ from trimkv_edge.export.onnx_trace import trace
 from trimkv_edge.export.onnx_weights import fill, prepare
 from trimkv_edge.export.quantization import SCHEMES, check_kv_dtype
 from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.export.resume import Numbers
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel, chunk_positions

@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from filelock import FileLock, Timeout
 
 from trimkv_edge.budget import format_bytes
+from trimkv_edge.export.resume import RESUMABLE, Numbers, Progress, kept_folder, owned
 from trimkv_edge.files import replace_text
-from trimkv_edge.models.random_weights import cache_folder
 
 # Smaller ones stay in the graph.
 _INLINE = 1024
 _PAGE = 4096
-# Repeating less than this costs seconds.
-RESUMABLE = 256 * 2**20
 _SYNC_EVERY = 64 * 2**20
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """What the packed weights of an export follow from, beside the graph.
-
-    Attributes:
-        key: of the source's weights, gates and scheme; empty: an interrupted export is not gone on with.
-        restart: throw away what an interrupted export left.
-        say: called with one line if there was something.
-        progress: called with (bytes done, bytes in all).
-    """
-
-    key: str = ""
-    restart: bool = False
-    say: Callable[[str], None] = lambda line: None
-    progress: Progress | None = None
 
 
 def save_with_data(model: ir.Model, path: Path, location: str, numbers: Numbers) -> None:
@@ -51,15 +28,12 @@ def save_with_data(model: ir.Model, path: Path, location: str, numbers: Numbers)
     folder first; there they stay if the export is interrupted, however that happens.
     """
     plan = _Plan(model.graph, location, path.parent)
-    folder = _kept(plan, numbers.key) if numbers.key and plan.total >= RESUMABLE else None
-    with _own(folder) as kept:
+    folder = kept_folder(numbers.key, plan.layout) if numbers.key and plan.total >= RESUMABLE else None
+    with owned(folder, numbers.restart) as kept:
         if kept is None:
             plan.write(path.parent / location, 0, numbers.progress, None)
         else:
             data, journal = kept / location, kept / "journal.json"
-            if numbers.restart:
-                data.unlink(missing_ok=True)
-                journal.unlink(missing_ok=True)
             done = _recorded(data, journal, plan)
             if done:
                 size = plan.entries[done - 1].end
@@ -130,31 +104,6 @@ class _Plan:
                 name=value.name or "",
                 base_dir=self.folder,
             )
-
-
-def _kept(plan: _Plan, key: str) -> Path:
-    digest = hashlib.sha256(json.dumps([key, plan.layout]).encode()).hexdigest()
-    return cache_folder() / "exports" / digest[:24]
-
-
-@contextmanager
-def _own(folder: Path | None) -> Iterator[Path | None]:
-    """The folder if no other export uses it now."""
-    if folder is None:
-        yield None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield None
-        return
-    try:
-        folder.mkdir(exist_ok=True)
-        yield folder
-    finally:
-        lock.release()
 
 
 def _recorded(data: Path, journal: Path, plan: _Plan) -> int:

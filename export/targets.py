@@ -104,7 +104,7 @@ def _executorch_reference(model: GatedModel, weights: Weights, scheme: Scheme) -
 
 def _onnx(job: Job) -> Target:
     from trimkv_edge.export.onnx import export_onnx
-    from trimkv_edge.export.onnx_data import Numbers
+    from trimkv_edge.export.resume import Numbers
 
     return export_onnx(
         job.model,

@@ -51,6 +51,23 @@ class SamplingParams:
             raise ConfigError(f"seed is {self.seed}, but must be 0 or more")
 
 
+@dataclass(frozen=True)
+class SamplerState:
+    """Where a sampler stands: its parameters and the two 128-bit words of its PCG64 generator.
+
+    Raises:
+        ConfigError: words that no generator has.
+    """
+
+    params: SamplingParams
+    state: int
+    increment: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.state < 2**128 and 0 <= self.increment < 2**128 and self.increment % 2):
+            raise ConfigError("the state of the random generator is none of PCG64: start a new sampler")
+
+
 class Sampler:
     """Draws tokens; two samplers with the same parameters and a seed draw the same ones.
 
@@ -59,7 +76,22 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._random = np.random.default_rng(params.seed)
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
+
+    @property
+    def state(self) -> SamplerState:
+        """A copy, from which :meth:`resume` goes on."""
+        words = self._random.bit_generator.state["state"]
+        return SamplerState(self.params, int(words["state"]), int(words["inc"]))
+
+    @classmethod
+    def resume(cls, state: SamplerState) -> Sampler:
+        """A sampler that draws what the one with this state would draw next."""
+        sampler = cls(state.params)
+        # Draws take whole 64-bit words, so nothing else is ever left over.
+        words = {"state": state.state, "inc": state.increment}
+        sampler._random.bit_generator.state = {"bit_generator": "PCG64", "state": words, "has_uint32": 0, "uinteger": 0}
+        return sampler
 
     def sample(self, logits: npt.ArrayLike, seen: npt.NDArray[np.bool_] | None = None) -> int:
         """The next token.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from time import perf_counter
@@ -12,16 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_edge.budget import ModelShape, cache_bytes
-from trimkv_edge.engine import Engine, FloatArray, IntArray
-from trimkv_edge.errors import ConfigError, PositionLimitError
+from trimkv_edge.engine import CacheState, Engine, FloatArray, IntArray
+from trimkv_edge.errors import ConfigError, PositionLimitError, SessionError, StateError
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import load_engine
 from trimkv_edge.runtime.interrupts import Uninterrupted
+from trimkv_edge.runtime.place import Checkpoints, Place
 from trimkv_edge.runtime.sampling import Sampler, SamplingParams
+from trimkv_edge.runtime.session_file import Origin, Record, SessionFile, read_session
 from trimkv_edge.runtime.statistics import SessionStatistics, peak_rss_bytes, rss_bytes
 from trimkv_edge.runtime.streaming import TextDecoder, TextStream
 
 Progress = Callable[[int, int], None]
+_CHECKPOINTS = 8
 _CONTEXT = 8  # newest tokens that the detokeniser sees of what came before
 _GREEDY = SamplingParams()
 _SHORT_FACTORS = "it was exported with the short LongRoPE factors; export again with --rope long for longer streams, "
@@ -47,7 +52,13 @@ class Session:
         trained_positions: stream length the model was trained for; passing it warns once per stream.
         limit_hint: what sets the engine's position limit and how to lift it, for the message of the error.
         cache_size: bytes of the cache for the statistics; default: computed for float32.
+        origin: what the cache depends on; without one, the session is neither saved nor loaded.
+        checkpoints: most places that :meth:`checkpoint` keeps; 0 keeps none.
+        note_tokens: keep the tokens of the stream, 4 bytes each, for :attr:`tokens` and saved files.
         warn: called with the text of a warning; default: ``warnings.warn``.
+
+    Raises:
+        ConfigError: checkpoints below 0.
     """
 
     def __init__(
@@ -58,6 +69,9 @@ class Session:
         trained_positions: int | None = None,
         limit_hint: str = "",
         cache_size: int | None = None,
+        origin: Origin | None = None,
+        checkpoints: int = _CHECKPOINTS,
+        note_tokens: bool = False,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.engine = engine
@@ -65,6 +79,9 @@ class Session:
         self._trained_positions = trained_positions
         self._limit_hint = limit_hint
         self._cache_bytes = _float32_cache(engine) if cache_size is None else cache_size
+        self._origin = origin
+        self._checkpoints = Checkpoints(checkpoints)
+        self._note_tokens = note_tokens
         self._warn = warn
         self._clear()
 
@@ -76,6 +93,8 @@ class Session:
         threads: int | None = None,
         *,
         profile: bool = False,
+        checkpoints: int = _CHECKPOINTS,
+        note_tokens: bool = False,
         warn: Callable[[str], None] = warnings.warn,
     ) -> Session:
         """A session on an engine of ``artefact``; see :func:`~trimkv_edge.runtime.engines.load_engine`."""
@@ -86,6 +105,9 @@ class Session:
             trained_positions=manifest.model.max_position_embeddings,
             limit_hint=_SHORT_FACTORS if manifest.rope.variant == "short" else "",
             cache_size=manifest.bytes.cache,
+            origin=Origin.of(manifest),
+            checkpoints=checkpoints,
+            note_tokens=note_tokens,
             warn=warn,
         )
 
@@ -94,6 +116,12 @@ class Session:
         self._pending: int | None = None
         self._seen_tokens = np.zeros(self.engine.vocab_size, np.bool_)
         self._newest: deque[int] = deque(maxlen=_CONTEXT)
+        self._sampler: Sampler | None = None
+        self._tokens = array("i") if self._note_tokens else None
+        self._checkpoints.clear()
+        self._clear_statistics()
+
+    def _clear_statistics(self) -> None:
         self._warned = False
         self._prompt_tokens = self._new_tokens = self._prefilled = self._decoded = self._events = 0
         self._prefill_s = self._decode_s = self._event_s = 0.0
@@ -114,6 +142,121 @@ class Session:
     def logits(self) -> FloatArray | None:
         """Logits ``[vocab_size]`` after the last token the engine read; None at the start of a stream."""
         return self._logits
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The newest generation's. Given to :meth:`generate` it goes on drawing where it stopped, also after
+        :meth:`load` and :meth:`rewind`."""
+        return self._sampler
+
+    @property
+    def tokens(self) -> IntArray | None:
+        """Tokens that the engine has read, int64 ``[seen]``; None without ``note_tokens``."""
+        return None if self._tokens is None else np.array(self._tokens, np.int64)
+
+    def checkpoint(self) -> None:
+        """Marks this place, a turn's beginning, for :meth:`rewind`.
+
+        That costs some numbers and one bit for each token of the vocabulary. The first event after it copies the cache,
+        once for all places marked since the event before (``checkpoint_bytes`` of the statistics counts it).
+        """
+        self._checkpoints.mark(self._place())
+
+    def rewind(self, turns: int = 1) -> None:
+        """Goes back to the place that was marked ``turns`` checkpoints ago and forgets it and those after it.
+
+        What follows is what followed then: the same entries, logits and draws. Statistics count on.
+
+        Raises:
+            ConfigError: ``turns`` below 1.
+            SessionError: that place is not held any more.
+            StateError: the policy needs the attention of the past, which no state holds (eager engines only).
+            In all cases nothing changed.
+        """
+        place, state = self._checkpoints.find(turns, self.engine)
+        with Uninterrupted():
+            self._go_to(place, state)
+            self._checkpoints.drop(turns)
+            if self._tokens is not None:
+                del self._tokens[place.seen :]
+
+    def save(self, file: str | os.PathLike[str] | SessionFile) -> None:
+        """Writes the session to a file, whole or not at all: see :mod:`trimkv_edge.runtime.session_file`.
+
+        Checkpoints and statistics are not part of it.
+
+        Raises:
+            ConfigError: nothing was read yet, or the session has no origin.
+            SessionError: the file cannot be written, or another process has it.
+        """
+        if self.engine.seen == 0:
+            raise ConfigError("nothing was fed: there is no session to save")
+        target = file if isinstance(file, SessionFile) else SessionFile(file)
+        target.write(Record(self._place(), self.engine.state(), self.tokens), self._known_origin())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from a file that a session of the same artefact wrote, in whatever engine. Statistics and checkpoints
+        start again.
+
+        Raises:
+            ConfigError: the session has no origin.
+            SessionError: the file is missing, damaged, or of another artefact or version, or lacks the tokens that
+                this session has to note. Nothing changed.
+        """
+        record = read_session(path, self._known_origin())
+        self._check(record, path)
+        try:
+            with Uninterrupted():
+                self._go_to(record.place, record.state)
+                self._checkpoints.clear()
+                self._clear_statistics()
+                if record.tokens is not None:
+                    self._note_tokens, self._tokens = True, array("i", record.tokens.astype(np.intc).tobytes())
+        except StateError as error:
+            raise SessionError(f"session file {path} does not fit this cache: {error}") from error
+
+    def _check(self, record: Record, path: str | os.PathLike[str]) -> None:
+        place, vocabulary = record.place, self.engine.vocab_size
+        known = [*place.newest, *([] if place.pending is None else [place.pending])]
+        logits = place.logits
+        if (
+            not 0 < place.seen <= self.engine.position_limit
+            or any(not 0 <= token < vocabulary for token in known)
+            or place.seen_tokens.shape != (-(-vocabulary // 8),)
+            or logits is None
+            or logits.shape != (vocabulary,)
+        ):
+            raise SessionError(f"session file {path} is of another vocabulary or position limit: read the text again")
+        if self._note_tokens and record.tokens is None:
+            raise SessionError(
+                f"session file {path} has no note of the tokens read so far: open this session without note_tokens"
+            )
+
+    def _known_origin(self) -> Origin:
+        if self._origin is None:
+            raise ConfigError("the session does not say what its cache depends on: give it an origin (Origin.of)")
+        return self._origin
+
+    def _place(self) -> Place:
+        return Place(
+            self.engine.seen,
+            self._pending,
+            tuple(self._newest),
+            self._logits,
+            np.packbits(self._seen_tokens),
+            self._sampler and self._sampler.state,
+        )
+
+    def _go_to(self, place: Place, state: CacheState) -> None:
+        if place.seen:
+            self.engine.load_state(state)
+        else:
+            self.engine.reset()
+        self._pending, self._logits = place.pending, place.logits
+        self._newest = deque(place.newest, _CONTEXT)
+        self._seen_tokens = np.unpackbits(place.seen_tokens, count=self.engine.vocab_size).astype(np.bool_)
+        self._sampler = place.sampler and Sampler.resume(place.sampler)
+        self._waited_s = None
 
     def feed(self, tokens: npt.ArrayLike, progress: Progress | None = None) -> None:
         """Reads tokens (after a pending one) in chunks of at most ``prefill_chunk`` that end where the ring is full.
@@ -178,6 +321,8 @@ class Session:
         self._pending = None
         self._seen_tokens[chunk] = True
         self._newest.extend(chunk[-_CONTEXT:].tolist())
+        if self._tokens is not None:
+            self._tokens.extend(chunk.tolist())
         if engine.room == 0:
             self._evict()
         if self._trained_positions is not None and engine.seen > self._trained_positions and not self._warned:
@@ -191,6 +336,7 @@ class Session:
     def _evict(self) -> None:
         started = perf_counter()
         with Uninterrupted():
+            self._checkpoints.before_event(self.engine)
             self.engine.evict()
         self._event_s += perf_counter() - started
         self._events += 1
@@ -198,7 +344,7 @@ class Session:
     def generate(
         self,
         max_new_tokens: int,
-        sampling: SamplingParams = _GREEDY,
+        sampling: SamplingParams | Sampler = _GREEDY,
         stop_ids: Collection[int] = (),
         stop_strings: Sequence[str] = (),
     ) -> Iterator[Piece]:
@@ -206,7 +352,8 @@ class Session:
 
         Args:
             max_new_tokens: most tokens; 0 gives none.
-            sampling: how tokens are chosen; a seed makes each call start from it.
+            sampling: how tokens are chosen; a seed makes each call start from it. A sampler (:attr:`sampler`) goes on
+                from where it is.
             stop_ids: tokens that end the generation. The one met is given as a piece, and its own text is left out.
             stop_strings: text that ends it, wherever tokens divide it. The text is cut before it; the tokens that
                 made it stay in the stream.
@@ -222,7 +369,8 @@ class Session:
             raise ConfigError(f"max new tokens is {max_new_tokens!r}, but must be a whole number of at least 0")
         context = [*self._newest] if self._pending is None else [*self._newest, self._pending]
         text = TextStream(self.tokenizer, stop_strings, context)
-        return self._generate(max_new_tokens, Sampler(sampling), frozenset(stop_ids), text)
+        self._sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
+        return self._generate(max_new_tokens, self._sampler, frozenset(stop_ids), text)
 
     def _generate(self, count: int, sampler: Sampler, stop_ids: frozenset[int], text: TextStream) -> Iterator[Piece]:
         for left in reversed(range(count)):
@@ -263,6 +411,7 @@ class Session:
             live_entries=round(self.engine.entries / (self.engine.num_layers * self.engine.num_kv_heads)),
             max_entries=self.engine.config.slots,
             cache_bytes=self._cache_bytes,
+            checkpoint_bytes=self._checkpoints.nbytes,
             rss_bytes=rss_bytes(),
             peak_rss_bytes=peak_rss_bytes(),
         )

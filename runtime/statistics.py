@@ -18,8 +18,8 @@ class SessionStatistics:
     """A snapshot.
 
     Attributes:
-        prompt_tokens: tokens given to ``feed`` since the last reset.
-        new_tokens: tokens generated since the last reset.
+        prompt_tokens: tokens given to ``feed`` since the last reset or load.
+        new_tokens: tokens generated since then.
         position: tokens that the engine has read, the next token's position.
         ttft_s: seconds from the start of the last ``feed`` to the first new token after it, without the time the caller
             took in between; None before there was one.
@@ -28,6 +28,7 @@ class SessionStatistics:
         live_entries: entries that each KV head holds now, on average where heads share a budget.
         max_entries: entries it can hold (budget + buffer), likewise.
         cache_bytes: size of the cache, whatever the stream's length.
+        checkpoint_bytes: what checkpoints hold now; 0 if none was made.
         rss_bytes, peak_rss_bytes: resident memory of this process now and at most.
     """
 
@@ -42,6 +43,7 @@ class SessionStatistics:
     live_entries: int
     max_entries: int
     cache_bytes: int
+    checkpoint_bytes: int
     rss_bytes: int
     peak_rss_bytes: int
 

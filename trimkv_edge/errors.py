@@ -29,6 +29,10 @@ class StateError(TrimKVError):
     """A cache state does not fit the engine, or a step was asked for at a moment it is not allowed."""
 
 
+class SessionError(TrimKVError):
+    """A session file is missing, damaged, in use, or of another artefact, or a stream cannot go back that far."""
+
+
 class VerificationError(TrimKVError):
     """An exported artefact does not agree with the eager model it was made from."""
 

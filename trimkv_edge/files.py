@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,29 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replace_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts the file that ``write`` makes in the place of ``path``; when this returns it outlasts a loss of power.
+
+    One writer of ``path`` at a time: the name beside it is always the same, so that nothing piles up after kills.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        write(beside)
+        _sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import pytest
 from onnx import numpy_helper
 
 from trimkv_edge.export import onnx_data
-from trimkv_edge.export.onnx_data import Numbers, save_with_data
+from trimkv_edge.export.onnx_data import save_with_data
+from trimkv_edge.export.resume import Numbers
 
 COUNT = 6
 

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from trimkv_edge.errors import ConfigError, StateError
-from trimkv_edge.runtime.sampling import Sampler, SamplingParams, filter_logits, penalise
+from trimkv_edge.runtime.sampling import Sampler, SamplerState, SamplingParams, filter_logits, penalise
 
 # Probabilities 0.5, 0.25, 0.125, 0.125 in this order of ids.
 HALVES = np.log([0.125, 0.5, 0.125, 0.25])
@@ -175,3 +175,22 @@ def test_broken_logits_are_an_error(bad: list[float]) -> None:
 def test_settings_out_of_range_name_the_setting_and_the_value(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field.replace('_', '.')} is {value}"):
         SamplingParams(**{field: value})
+
+
+def test_a_resumed_sampler_draws_on() -> None:
+    params = SamplingParams(temperature=1.0, top_k=900, seed=11)
+    whole, first = Sampler(params), Sampler(params)
+    draws = [whole.sample(np.zeros(1000)) for _ in range(12)]
+    assert [first.sample(np.zeros(1000)) for _ in range(5)] == draws[:5]
+    second = Sampler.resume(first.state)
+    assert second.params == params
+    assert [second.sample(np.zeros(1000)) for _ in range(7)] == draws[5:]
+    # A seed goes on meaning what it did: numpy's own generator, one uniform number for each draw.
+    uniform = np.random.default_rng(11).random(12)
+    assert draws == [int(number * 1000) for number in uniform]
+
+
+@pytest.mark.parametrize(("state", "increment"), [(-1, 1), (2**128, 1), (0, 2), (0, 2**128 + 1)])
+def test_a_state_that_no_generator_has_is_refused(state: int, increment: int) -> None:
+    with pytest.raises(ConfigError, match="none of PCG64"):
+        SamplerState(SamplingParams(), state, increment)

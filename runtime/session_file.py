@@ -1,0 +1,309 @@
+"""A session on disk: one safetensors file, its settings as JSON in the file's metadata. Any engine reads any engine's.
+
+Tensors (only entries that live): ``key``, ``value`` float32 ``[entries, head_dim]``, float16 where that is exact;
+``log_beta`` float32 ``[entries]``; ``positions`` int64 ``[entries]``; head by head, layer by layer, in slot order.
+``lengths`` int64 ``[layers, kv_heads]``; ``seen_tokens`` uint8, a bit for each token of the vocabulary; ``logits``
+float32 ``[vocab_size]``; ``tokens`` int32 ``[seen]``, if the stream was noted.
+
+Metadata: ``session``, the JSON of :class:`Header`; ``sha256``, over the whole file with zeros in its own place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.engine import CacheState, IntArray
+from trimkv_edge.errors import SessionError, TrimKVError
+from trimkv_edge.files import replace_durably
+from trimkv_edge.manifest import Manifest
+from trimkv_edge.runtime.file_lock import locked
+from trimkv_edge.runtime.place import Place
+from trimkv_edge.runtime.sampling import SamplerState
+
+VERSION = 1
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_NO_CHECKSUM = "0" * 64
+_LONGEST_HEADER = 2**20
+_ALWAYS = {"key", "value", "log_beta", "positions", "lengths", "seen_tokens"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a cache depends on, and so what has to be alike where it goes on: everything but the engine.
+
+    Attributes:
+        model: name, for messages.
+        weights_sha256, gates_sha256: as in the manifest; gates: their kind, and where random ones are from.
+        weights: scheme and bits of the stored weights, and the type of activations.
+        rope: LongRoPE factor set.
+        cache: all settings of the cache.
+    """
+
+    __pydantic_config__ = _STRICT
+    model: str
+    weights_sha256: str
+    weights: str
+    gates: str
+    gates_sha256: str
+    rope: str
+    cache: CacheConfig
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Origin:
+        """The origin of sessions that run on an artefact."""
+        model, gates, bits = manifest.model, manifest.gates, manifest.embedding_bits
+        return cls(
+            model.name,
+            model.weights_sha256,
+            f"{manifest.quantization} {manifest.dtype}" + ("" if bits is None else f", embedding {bits} bits"),
+            gates.kind if gates.sha256 else f"{gates.kind} {gates.source}",
+            gates.sha256,
+            manifest.rope.variant,
+            manifest.cache,
+        )
+
+
+@dataclass(frozen=True)
+class Header:
+    """Numbers of a session, beside its tensors; see :class:`~trimkv_edge.runtime.place.Place` and ``CacheState``."""
+
+    __pydantic_config__ = _STRICT
+    version: int
+    origin: Origin
+    seen: int
+    fill: int | None
+    pending: int | None
+    newest: tuple[int, ...]
+    sampler: SamplerState | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A whole session. ``tokens``: int64 ``[seen]``, the stream so far, if it was noted."""
+
+    place: Place
+    state: CacheState
+    tokens: IntArray | None = None
+
+
+_HEADER = TypeAdapter(Header)
+
+
+class SessionFile:
+    """The right to save a session under a name, for as long as a ``with`` block has it.
+
+    Args:
+        path: of the file, which need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._held = False
+
+    @contextmanager
+    def open(self) -> Iterator[SessionFile]:
+        """Takes the lock.
+
+        Raises:
+            SessionError: another process has it, or nothing can be written there.
+        """
+        if not self.path.parent.is_dir() or self.path.is_dir():
+            raise SessionError(f"session file {self.path} is a folder or lies in none: name a file in a folder")
+        with locked(self.path):
+            self._held = True
+            try:
+                yield self
+            finally:
+                self._held = False
+
+    def write(self, record: Record, origin: Origin) -> None:
+        """Replaces the file, if it can be written in full.
+
+        Raises:
+            SessionError: it cannot; an old file is as it was.
+        """
+        if not self._held:
+            with self.open():
+                return self.write(record, origin)
+        tensors = _tensors(record, origin)
+        metadata = {"session": _header_text(record, origin), "sha256": _NO_CHECKSUM}
+
+        def write(beside: Path) -> None:
+            save_file(tensors, beside, metadata)
+            _fill_in_checksum(beside)
+
+        try:
+            replace_durably(self.path, write)
+        except (OSError, SafetensorError) as error:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise SessionError(
+                f"{self.path} cannot be saved ({_reason(error)}): it needs {size} bytes; free space or choose another "
+                "place; a file that was there is as it was"
+            ) from error
+
+
+def read_session(path: str | os.PathLike[str], origin: Origin) -> Record:
+    """Reads a file and checks all of it.
+
+    Args:
+        path: of a file that :meth:`SessionFile.write` made.
+        origin: of the session that is to go on from it.
+
+    Raises:
+        SessionError: missing, damaged, of another format version, or of another origin.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SessionError(
+            f"session file {path} cannot be read ({_reason(error)}): give a file that was saved as a session"
+        ) from error
+    _check_sum(path, data)
+    header, tensors = _parse(path, data)
+    _check_origin(path, header.origin, origin)
+    try:
+        return _record(header, tensors)
+    except (ValueError, TrimKVError) as error:
+        raise SessionError(f"session file {path} contradicts itself ({error}): it was not made by a session") from error
+
+
+def _header_text(record: Record, origin: Origin) -> str:
+    place, state = record.place, record.state
+    header = Header(VERSION, origin, state.seen, state.fill, place.pending, place.newest, place.sampler)
+    return json.dumps(asdict(header))
+
+
+def _tensors(record: Record, origin: Origin) -> dict[str, npt.NDArray[Any]]:
+    state, place = record.state, record.place
+    rows = state.key.shape[:2]
+    lengths = np.full(rows, state.live) if state.lengths is None else state.lengths
+    live = np.arange(state.live) < lengths[..., None]
+    tables = {"key": state.key[live], "value": state.value[live]}
+    if origin.cache.kv_dtype == "float16":
+        tables = {name: _halved(table) for name, table in tables.items()}
+    tensors: dict[str, npt.NDArray[Any]] = {
+        **tables,
+        "log_beta": state.log_beta[live],
+        "positions": state.positions[live],
+        "lengths": lengths.astype(np.int64),
+        "seen_tokens": place.seen_tokens,
+    }
+    if place.logits is not None:
+        tensors["logits"] = place.logits
+    if record.tokens is not None:
+        tensors["tokens"] = record.tokens.astype(np.int32)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _halved(table: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """In float16 if no number changes: eager engines hold numbers that float16 does not have."""
+    with np.errstate(over="ignore"):
+        half = table.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), table) else table
+
+
+def _fill_in_checksum(path: Path) -> None:
+    with path.open("r+b") as stream:
+        found = _CHECKSUM.search(stream.read(_LONGEST_HEADER))
+        assert found is not None  # save_file has just written it
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(found.start(1))
+        stream.write(digest.encode())
+
+
+def _check_sum(path: Path, data: bytes) -> None:
+    found = _CHECKSUM.search(data, 0, _LONGEST_HEADER)
+    if found is None:
+        raise SessionError(f"{path} is no session file, or its beginning is damaged: give a file that was saved as one")
+    digest = hashlib.sha256(memoryview(data)[: found.start(1)])
+    digest.update(_NO_CHECKSUM.encode())
+    digest.update(memoryview(data)[found.end(1) :])
+    if digest.hexdigest().encode() != found[1]:
+        raise SessionError(
+            f"session file {path} is damaged (its sha256 differs): it was cut short or changed; use another copy, or "
+            "read the text again"
+        )
+
+
+def _parse(path: Path, data: bytes) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
+    size = int.from_bytes(data[:8], "little")
+    try:
+        text = json.loads(data[8 : 8 + size])["__metadata__"]["session"]
+        version = json.loads(text)["version"]
+        if version != VERSION:
+            raise SessionError(
+                f"session file {path} has format version {version!r}, but this trimkv-edge reads version {VERSION}: "
+                "install the version that made it, or read the text again"
+            )
+        return _HEADER.validate_json(text), load(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SessionError(f"session file {path} is not valid at {where!r}: {first['msg']}: save it again") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SessionError(f"{path} is no session file ({error}): give a file that was saved as one") from error
+
+
+def _check_origin(path: Path, found: Origin, wanted: Origin) -> None:
+    made, now = ({**asdict(origin), **asdict(origin.cache)} for origin in (found, wanted))
+    for name in made.keys() - {"model", "cache"}:
+        if made[name] != now[name]:
+            raise SessionError(
+                f"session file {path} was made with {found.model}, {name} = {_short(made[name])}, but this artefact is "
+                f"{wanted.model} with {_short(now[name])}: use the artefact that made it, or read the text again"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return repr(value) if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _record(header: Header, tensors: dict[str, npt.NDArray[Any]]) -> Record:
+    names = set(tensors)
+    if not _ALWAYS <= names <= _ALWAYS | {"logits", "tokens"}:
+        raise ValueError(f"its tensors are {sorted(names)}")
+    lengths = tensors["lengths"]
+    if lengths.ndim != 2 or lengths.size == 0 or lengths.min() < 0:
+        raise ValueError("its lengths are no table of layers and heads")
+    most = int(lengths.max())
+    if header.fill is None and lengths.min() != most:
+        raise ValueError("heads of different lengths need a fill")
+    live = np.arange(most) < lengths[..., None]
+    shape = (*live.shape, *tensors["key"].shape[1:])
+    key, value, log_beta = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(live.shape, np.float32)
+    positions = np.full(live.shape, -1, np.int64)
+    for table, name in ((key, "key"), (value, "value"), (log_beta, "log_beta"), (positions, "positions")):
+        table[live] = tensors[name]
+    state = CacheState(
+        header.seen, key, value, log_beta, positions, None if header.fill is None else lengths, header.fill
+    )
+    tokens = tensors.get("tokens")
+    if tokens is not None and tokens.shape != (header.seen,):
+        raise ValueError(f"it notes {tokens.size} tokens of {header.seen}")
+    place = Place(
+        header.seen, header.pending, header.newest, tensors.get("logits"), tensors["seen_tokens"], header.sampler
+    )
+    return Record(place, state, None if tokens is None else tokens.astype(np.int64))
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
