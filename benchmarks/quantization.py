@@ -9,6 +9,7 @@ past. *Schemes*: exported artefacts in their engines, activations rounded as the
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -92,6 +93,20 @@ def perplexity(engine: Engine, text: list[int]) -> float:
     return math.exp(loss / (len(text) - 257))
 
 
+def forms(target: str) -> list[tuple[str, dict[str, Any]]]:
+    """Schemes of a target, with the cache and the embedding as they come, and smaller ones."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, scheme in SCHEMES.items():
+        if target not in scheme.targets or (name == "8da4w" and target == "onnx"):
+            continue
+        found.append((name, {}))
+        if target == "onnx" and "int8" in scheme.kv_dtypes:
+            found.append((name, {"kv_dtype": "int8"}))
+        if scheme.embedding_bits == 8:
+            found.append((name, {"embedding_bits": 4}))
+    return found
+
+
 def schemes(target: str, args: Any) -> list[dict[str, Any]]:
     """Perplexity, recall, bytes and agreement of every scheme of a target."""
     rng = random.Random(20261124)
@@ -101,11 +116,9 @@ def schemes(target: str, args: Any) -> list[dict[str, Any]]:
     text = random_text(rng, args.text, held_out=True)
     rows = []
     for kind in ("rg", "rg10"):
-        for name, scheme in SCHEMES.items():
-            if target not in scheme.targets or (name == "8da4w" and target == "onnx"):
-                continue
+        for name, more in forms(target):
             settings = dict(budget=str(args.budget), buffer=BUFFER, prefill_chunk=BUFFER, gates=kind, quant=name)
-            with exported(targets=(target,), **settings) as folder:
+            with exported(targets=(target,), **settings, **more) as folder:
                 engine = open_engine(folder, target, args.threads)
                 right, asked = (sum(x) for x in zip(*(answered(engine, d) for d in dialogues), strict=True))
                 manifest = load_manifest(folder, verify_files=False)
@@ -114,11 +127,14 @@ def schemes(target: str, args: Any) -> list[dict[str, Any]]:
                 row = {
                     "target": target,
                     "scheme": name,
+                    "kv_dtype": manifest.cache.kv_dtype,
+                    "embedding_bits": manifest.embedding_bits or SCHEMES[name].embedding_bits,
                     "gates": kind,
                     "budget": args.budget,
                     "perplexity": round(perplexity(engine, text), 4),
                     "recall": round(right / asked, 4),
                     "answer_tokens": asked,
+                    "cache_bytes": manifest.bytes.cache,
                     "bytes": sum(manifest.files[file].bytes for file in manifest.targets[target].files.values()),
                     "survivors_differ": dynamic["survivor_mismatches"] / dynamic["survivors"],
                     "greedy_differ": dynamic["greedy_mismatches"] / dynamic["steps"],
@@ -136,14 +152,19 @@ def main() -> None:
     options.add_argument("--text", type=int, default=4096)
     options.add_argument("--rows", type=int, default=8)
     options.add_argument("--gates-only", action="store_true", help="leave out the exported artefacts")
+    options.add_argument("--schemes-only", action="store_true", help="keep the stored rows of the gates")
     options.add_argument("--targets", nargs="+", default=["onnx", "executorch"])
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     ids, _ = recall_streams(0, args.rows, 2048)
     results: dict[str, Any] = {"gates": [], "schemes": []}
+    if args.schemes_only:
+        results["gates"] = json.loads(args.output.read_text())["results"]["gates"]
     for target in args.targets:
         for name, scheme in SCHEMES.items():
-            if target in scheme.targets and name != "none" and not (name == "8da4w" and target == "onnx"):
+            if args.schemes_only:
+                continue
+            if target in scheme.targets and scheme.gate_bits == 8 and not (name == "8da4w" and target == "onnx"):
                 results["gates"] += gates_by_bits(target, scheme, args.budgets, ids)
         if not args.gates_only:
             results["schemes"] += schemes(target, args)

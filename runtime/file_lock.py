@@ -40,14 +40,16 @@ def _take(path: Path, lock: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _still_there(handle, lock):
-                os.truncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
+                with suppress(OSError):  # a full disk: then others are not told who has it, but are kept out
+                    os.truncate(handle, 0)
+                    os.write(handle, str(os.getpid()).encode())
                 return handle
         except BlockingIOError as error:
-            holder = os.pread(handle, 20, 0).decode(errors="replace") or "unknown"
+            holder = os.pread(handle, 20, 0).decode(errors="replace")
             os.close(handle)
+            who = "this process" if holder == str(os.getpid()) else f"process {holder}" if holder else "another process"
             raise SessionError(
-                f"{path} is in use by {'this process' if holder == str(os.getpid()) else f'process {holder}'}, "
+                f"{path} is in use by {who}, "
                 "which will save it: let it end first, or save under another name"
             ) from error
         except BaseException:

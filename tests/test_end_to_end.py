@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
 from trimkv_edge.models.tiny.demo import Demo, demo_text
 from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.sampling import SamplingParams
 from trimkv_edge.runtime.session import Session
+from trimkv_edge.runtime.session_file import Origin
 
 ENGINES = ("executorch", "onnx")
 
@@ -93,3 +96,32 @@ def test_a_stream_moves_between_engines(artefact: Artefact, demo: Demo) -> None:
     assert executorch.logits is not None
     assert np.abs(onnx.logits - executorch.logits).max() < 2e-3
     assert onnx.logits.argmax() == executorch.logits.argmax()
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.95, seed=7)])
+def test_a_saved_session_goes_on_in_every_engine(
+    artefact: Artefact, demo: Demo, sampling: SamplingParams, tmp_path: Path
+) -> None:
+    """ONNX, ExecuTorch, eager, ONNX: saved in the middle of a generation each time, against one engine in one go."""
+    assert artefact.tokenizer is not None
+    cache = artefact.manifest.cache
+    loaded = load_gated(source_of("tiny"), gates="rg10")
+    stream = artefact.tokenizer.encode(demo.text)[:2_000]
+    whole = Session.open(artefact, "onnx")
+    whole.feed(stream)
+    want = [piece.token for piece in whole.generate(400, sampling)]
+
+    def eager() -> Session:
+        return Session(eager_engine(loaded.model, cache), origin=Origin.of(artefact.manifest))
+
+    relay = Session.open(artefact, "onnx")
+    relay.feed(stream)
+    made = [piece.token for piece in islice(relay.generate(400, sampling), 100)]
+    for following in (lambda: Session.open(artefact, "executorch"), eager, lambda: Session.open(artefact, "onnx")):
+        relay.save(tmp_path / "session")
+        relay = following()
+        relay.load(tmp_path / "session")
+        assert relay.sampler is not None
+        made += [piece.token for piece in islice(relay.generate(400, relay.sampler), 100)]
+    assert made == want
+    np.testing.assert_array_equal(relay.engine.survivors(), whole.engine.survivors())

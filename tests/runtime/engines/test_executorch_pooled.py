@@ -18,6 +18,8 @@ from trimkv_edge.errors import ArtefactError, StateError
 from trimkv_edge.runtime.engines import engine_class
 from trimkv_edge.runtime.engines.executorch import ExecuTorchEngine
 from trimkv_edge.runtime.engines.executorch_pooled import ExecuTorchPooledEngine
+from trimkv_edge.runtime.session import Session
+from trimkv_edge.runtime.session_file import Origin
 
 CONFIG = CONFIGS["portable"]
 
@@ -107,3 +109,21 @@ def test_a_refused_state_changes_nothing(artefact: PooledArtefact) -> None:
 def test_importing_the_module_needs_no_torch() -> None:
     code = "import sys; import trimkv_edge.runtime.engines.executorch_pooled; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+
+
+def test_a_saved_session_goes_on_in_the_eager_engine_and_back(artefact: PooledArtefact, tmp_path: Path) -> None:
+    stream, origin = random_tokens(70, 3), Origin.of(artefact.manifest)
+    whole = Session(artefact.eager())
+    whole.feed(stream)
+    relay = Session(artefact.engine(), origin=origin)
+    for start, following in ((0, artefact.eager), (23, artefact.engine), (46, artefact.eager)):
+        relay.feed(stream[start : start + 23])
+        relay.save(tmp_path / "s")
+        held = relay.engine.state()
+        relay = Session(following(), origin=origin)
+        relay.load(tmp_path / "s")
+        found = relay.engine.state()
+        for name in ("key", "value", "log_beta", "positions", "lengths"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(held, name))
+    relay.feed(stream[69:])
+    np.testing.assert_array_equal(relay.engine.survivors(), whole.engine.survivors())
