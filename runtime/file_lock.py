@@ -24,7 +24,9 @@ def locked(path: Path) -> Iterator[None]:
     try:
         handle = _take(path, lock)
     except OSError as error:
-        raise SessionError(f"{path} cannot be saved ({error.strerror or error}): choose a folder you can write") from error
+        raise SessionError(
+            f"{path} cannot be saved ({error.strerror or error}): choose a folder you can write"
+        ) from error
     try:
         yield
     finally:
@@ -49,8 +51,7 @@ def _take(path: Path, lock: Path) -> int:
             os.close(handle)
             who = "this process" if holder == str(os.getpid()) else f"process {holder}" if holder else "another process"
             raise SessionError(
-                f"{path} is in use by {who}, "
-                "which will save it: let it end first, or save under another name"
+                f"{path} is in use by {who}, which will save it: let it end first, or save under another name"
             ) from error
         except BaseException:
             os.close(handle)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, IntArray
@@ -144,17 +144,22 @@ class SessionFile:
         tensors = _tensors(record, origin)
         metadata = {"session": _header_text(record, origin), "sha256": _NO_CHECKSUM}
 
+        # Not save_file: that one writes under a random name first, and a killed process would leave it for ever.
+        data = memoryview(save(tensors, metadata))
+        found = _CHECKSUM.search(data, 0, _LONGEST_HEADER)
+        assert found is not None  # it is in the metadata
+        digest = hashlib.sha256(data).hexdigest().encode()
+
         def write(beside: Path) -> None:
-            save_file(tensors, beside, metadata)
-            _fill_in_checksum(beside)
+            with beside.open("wb") as stream:
+                stream.writelines((data[: found.start(1)], digest, data[found.end(1) :]))
 
         try:
             replace_durably(self.path, write)
-        except (OSError, SafetensorError) as error:
-            size = sum(tensor.nbytes for tensor in tensors.values())
+        except OSError as error:
             raise SessionError(
-                f"{self.path} cannot be saved ({_reason(error)}): it needs {size} bytes; free space or choose another "
-                "place; a file that was there is as it was"
+                f"{self.path} cannot be saved ({_reason(error)}): it needs {len(data)} bytes; free space or choose "
+                "another place; a file that was there is as it was"
             ) from error
 
 
@@ -217,16 +222,6 @@ def _halved(table: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
         half = table.astype(np.float16)
     return half if np.array_equal(half.astype(np.float32), table) else table
-
-
-def _fill_in_checksum(path: Path) -> None:
-    with path.open("r+b") as stream:
-        found = _CHECKSUM.search(stream.read(_LONGEST_HEADER))
-        assert found is not None  # save_file has just written it
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        stream.seek(found.start(1))
-        stream.write(digest.encode())
 
 
 def _check_sum(path: Path, data: bytes) -> None:

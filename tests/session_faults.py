@@ -56,9 +56,10 @@ def kills(path: Path, count: int, seed: int = 0) -> dict[str, int]:
 
     Returns:
         How often the file was the ``old`` one (the last whose save had ended), the ``new`` one (being saved), or
-        ``neither``; and how often the killed process left an unfinished file ``beside`` it.
+        ``neither``; how often the killed process left an unfinished file ``beside`` it; and other files left at the
+        ``end``, after one more save.
     """
-    found: Counter[str] = Counter(old=0, new=0, neither=0, beside=0)
+    found: Counter[str] = Counter(old=0, new=0, neither=0, beside=0, end=0)
     chance, number = random.Random(seed), 1
     SessionFile(path).write(record(0), ORIGIN)
     took = []
@@ -92,6 +93,8 @@ def kills(path: Path, count: int, seed: int = 0) -> dict[str, int]:
         if which == "new":
             old = begun_last
         number = begun_last + 1
+    SessionFile(path).write(record(0), ORIGIN)
+    found["end"] = len(os.listdir(path.parent)) - 1
     return dict(found)
 
 

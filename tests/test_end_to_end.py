@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
+from trimkv_edge.models.eager import eager_engine
+from trimkv_edge.models.loading import load_model
+from trimkv_edge.models.source import find_source
 from trimkv_edge.models.tiny.demo import Demo, demo_text
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.sampling import SamplingParams
@@ -105,14 +108,14 @@ def test_a_saved_session_goes_on_in_every_engine(
     """ONNX, ExecuTorch, eager, ONNX: saved in the middle of a generation each time, against one engine in one go."""
     assert artefact.tokenizer is not None
     cache = artefact.manifest.cache
-    loaded = load_gated(source_of("tiny"), gates="rg10")
+    model = load_model(find_source("tiny"), "rg10").model
     stream = artefact.tokenizer.encode(demo.text)[:2_000]
     whole = Session.open(artefact, "onnx")
     whole.feed(stream)
     want = [piece.token for piece in whole.generate(400, sampling)]
 
     def eager() -> Session:
-        return Session(eager_engine(loaded.model, cache), origin=Origin.of(artefact.manifest))
+        return Session(eager_engine(model, cache), origin=Origin.of(artefact.manifest))
 
     relay = Session.open(artefact, "onnx")
     relay.feed(stream)

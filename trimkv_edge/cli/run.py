@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from trimkv_edge.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
     from trimkv_edge.runtime.artefact import Artefact
-    from trimkv_edge.runtime.sampling import SamplingParams
+    from trimkv_edge.runtime.sampling import Sampler, SamplingParams
     from trimkv_edge.runtime.session import Session
 
 _EPILOG = """\
@@ -25,10 +26,14 @@ examples:
   trimkv-run artefacts/tiny --prompt-file book.txt --max-new-tokens 64 --stats text
   cat notes.txt | trimkv-run artefacts/tiny - --stop "\\n\\n"
   trimkv-run artefacts/qwen3-4b --chat --prompt "Hello" --temperature 0.7 --top-p 0.9 --seed 1
+  trimkv-run artefacts/tiny --session manual.session --prompt "What is the gate?" --save-session talk.session
 
 The prompt may be far longer than the cache: it is read in chunks, and after every --buffer tokens (a setting of the
 export) each KV head keeps its best entries. Memory stays what the artefact's manifest says. Text goes to stdout,
 everything else to stderr. \\n, \\t and \\\\ in --stop stand for the characters.
+
+--session goes on where a session was saved (trimkv-cache-prompt, --save-session): the prompt is read after it, without
+the tokens that begin a text, and may be left out. Without options of its own, drawing goes on as it stopped.
 
 exit codes: 0 done, 2 wrong input or not enough memory, 130 interrupted (the text so far was printed)
 """
@@ -48,16 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="the prompt itself")
     add("--prompt-file", metavar="FILE", help="a UTF-8 file with the prompt (- for standard input)")
     add("--chat", action="store_true", help="send the prompt as one user message through the artefact's chat template")
+    add("--session", type=Path, metavar="STATE", help="go on from a saved session, which stays as it is")
+    add("--save-session", type=Path, metavar="STATE", help="save the session at the end, also after Ctrl-C")
     add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
     add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
     add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
     group = parser.add_argument_group("generation").add_argument
     group("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)")
-    group("--temperature", type=float, default=0.0, metavar="X", help="0 (default) takes the best token every time")
-    group("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens (default 0: all)")
-    group("--top-p", type=float, default=1.0, metavar="P", help="draw from the best tokens that reach P (1: all)")
-    group("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the best (default 0: none)")
-    group("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids repetition (1: off)")
+    group("--temperature", type=float, metavar="X", help="0 (default) takes the best token every time")
+    group("--top-k", type=int, metavar="K", help="draw from the K best tokens (default 0: all)")
+    group("--top-p", type=float, metavar="P", help="draw from the best tokens that reach P (default 1: all)")
+    group("--min-p", type=float, metavar="P", help="drop tokens below P times the best (default 0: none)")
+    group("--repetition-penalty", type=float, metavar="X", help="above 1 avoids repetition (default 1: off)")
     group("--seed", type=int, metavar="N", help="makes drawing repeatable")
     group("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given again")
     report = parser.add_argument_group("reports").add_argument
@@ -78,26 +85,46 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.artefact import Artefact
     from trimkv_edge.runtime.session import Session
+    from trimkv_edge.runtime.session_file import SessionFile
 
     # What costs nothing is checked before what costs seconds.
     sampling = _sampling(args)
-    prompt = read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
+    prompt = _prompt(args)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
-    tokens = encode_prompt(artefact, prompt, args.chat)
+    tokens = [] if prompt is None else encode_prompt(artefact, prompt, args.chat, begins=args.session is None)
     if artefact.manifest.model.random_weights:
-        _warn("this artefact has random weights: its text means nothing")
-    session = Session.open(artefact, args.engine, args.threads, profile=args.profile, warn=_warn)
-    stops = [_unescape(stop) for stop in args.stop]
-    assert artefact.manifest.tokenizer is not None  # encode_prompt checked it
-    eos = artefact.manifest.tokenizer.eos_token_ids
-    try:
-        _feed(session, tokens, args.progress or sys.stderr.isatty())
-        _stream(session, args.max_new_tokens, sampling, eos, stops)
-    finally:
-        _report(session, args)
+        warn("this artefact has random weights: its text means nothing")
+    with ExitStack() as stack:
+        target = args.save_session and stack.enter_context(SessionFile(args.save_session).open())
+        session = Session.open(artefact, args.engine, args.threads, profile=args.profile, checkpoints=0, warn=warn)
+        if args.session is not None:
+            session.load(args.session)
+        try:
+            if tokens:
+                feed(session, tokens, args.progress or sys.stderr.isatty())
+            if target:
+                # Not before: half a prompt is nothing to go on from.
+                stack.callback(session.save, target)
+            _stream(session, args, artefact, sampling)
+        finally:
+            _report(session, args)
 
 
-def _sampling(args: argparse.Namespace) -> SamplingParams:
+def _prompt(args: argparse.Namespace) -> str | None:
+    """None: nothing to read before a saved session goes on."""
+    if args.session is not None:
+        if args.chat:
+            raise ConfigError(
+                "--chat begins a conversation and --session goes on with one: leave out --chat and write the turn as "
+                "the artefact's template does"
+            )
+        if args.prompt is None and args.prompt_file is None and args.stdin is None:
+            return None
+    return read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams | None:
+    """None: nothing was asked for."""
     from trimkv_edge.runtime.sampling import SamplingParams
 
     if args.max_new_tokens < 0:
@@ -106,7 +133,9 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
         raise ConfigError("--stop is empty: give at least one character")
     if args.stats_file is not None and not args.stats_file.absolute().parent.is_dir():
         raise ConfigError(f"--stats-file {args.stats_file} lies in no existing folder: make the folder first")
-    return SamplingParams(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return SamplingParams(**asked) if asked else None
 
 
 def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
@@ -142,8 +171,9 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def encode_prompt(artefact: Artefact, prompt: str, chat: bool) -> list[int]:
-    """Token ids of the prompt, through the chat template if ``chat``.
+def encode_prompt(artefact: Artefact, prompt: str, chat: bool, *, begins: bool = True) -> list[int]:
+    """Token ids of the prompt, through the chat template if ``chat``; with the tokens that begin a text if it
+    ``begins`` one.
 
     Raises:
         ArtefactError: the artefact has no tokenizer or no chat template.
@@ -162,7 +192,7 @@ def encode_prompt(artefact: Artefact, prompt: str, chat: bool) -> list[int]:
 
         prompt = render_chat(artefact.chat_template, [{"role": "user", "content": prompt}], artefact.special_tokens())
     # A template writes its special tokens itself.
-    tokens = tokenizer.encode(prompt, add_special_tokens=not chat)
+    tokens = tokenizer.encode(prompt, add_special_tokens=begins and not chat)
     if not tokens:
         raise ConfigError("the prompt has no tokens: give some text")
     return tokens
@@ -174,7 +204,8 @@ def _unescape(stop: str) -> str:
     return "\\".join(parts)
 
 
-def _feed(session: Session, tokens: list[int], show: bool) -> None:
+def feed(session: Session, tokens: list[int], show: bool) -> None:
+    """Reads the prompt; with a progress bar on stderr if ``show``."""
     from trimkv_edge.runtime.statistics import rss_bytes
 
     with tqdm(
@@ -188,12 +219,16 @@ def _feed(session: Session, tokens: list[int], show: bool) -> None:
         session.feed(tokens, progress if show else None)
 
 
-def _stream(session: Session, count: int, sampling: SamplingParams, eos: list[int], stops: list[str]) -> None:
+def _stream(session: Session, args: argparse.Namespace, artefact: Artefact, asked: SamplingParams | None) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+    info = artefact.manifest.tokenizer
+    # Before any text: stop strings without a tokenizer are refused in generate().
+    eos = [] if info is None else info.eos_token_ids
+    pieces = session.generate(args.max_new_tokens, _sampler(session, asked), eos, [_unescape(stop) for stop in args.stop])
     written = False
     try:
-        for piece in session.generate(count, sampling, eos, stops):
+        for piece in pieces:
             if piece.text:
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
@@ -202,6 +237,13 @@ def _stream(session: Session, count: int, sampling: SamplingParams, eos: list[in
         if written:
             sys.stdout.write("\n")
             sys.stdout.flush()
+
+
+def _sampler(session: Session, asked: SamplingParams | None) -> Sampler | SamplingParams:
+    """What was asked for; else the loaded session's own; else greedy."""
+    from trimkv_edge.runtime.sampling import SamplingParams
+
+    return asked or session.sampler or SamplingParams()
 
 
 def _report(session: Session, args: argparse.Namespace) -> None:
@@ -221,7 +263,8 @@ def _report(session: Session, args: argparse.Namespace) -> None:
         print(f"engine    {engine}", *statistics.lines(), sep="\n", file=sys.stderr, flush=True)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """On stderr, beside a progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 

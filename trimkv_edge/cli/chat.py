@@ -1,0 +1,90 @@
+"""``trimkv-chat``: a conversation in the terminal that never outgrows its memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
+from trimkv_edge.errors import TrimKVError
+
+if TYPE_CHECKING:
+    from trimkv_edge.runtime.artefact import Artefact
+    from trimkv_edge.runtime.conversation import Conversation
+
+_EPILOG = """\
+examples:
+  trimkv-chat artefacts/qwen3-4b
+  trimkv-chat artefacts/qwen3-4b --system "You are brief." --temperature 0.7 --top-p 0.9
+  trimkv-chat artefacts/qwen3-4b --load friday.session
+  printf 'Hello\\nAnd now?\\n' | trimkv-chat artefacts/qwen3-4b        # one message a line
+
+Each turn reads only what is new: nothing is read again, and the cache stays as large as the artefact's manifest says.
+Ctrl-C stops an answer; the chat goes on from what was said. Ctrl-D or /exit ends it. /help lists the commands:
+/stats, /kept (which words the cache still holds), /undo, /save, /load, /reset.
+
+exit codes: 0 ended, 2 wrong input or not enough memory
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="trimkv-chat",
+        description="Chat with an exported model, for as long as you like, in a fixed amount of memory.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
+    add("--system", metavar="TEXT", help="the system prompt (default: the template's own, if it has one)")
+    add("--load", type=Path, metavar="FILE", help="go on with a chat that /save wrote, with any engine")
+    add("--undo-depth", type=int, default=8, metavar="N", help="turns that /undo can take back (default 8; 0: none)")
+    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
+    add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
+    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    add_generation(parser, 512)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    run_cli(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from trimkv_edge.runtime.artefact import Artefact
+
+    sampling = sampling_of(args)  # what costs nothing is checked before what costs seconds
+    try:
+        from trimkv_edge.cli.chat_loop import ChatLoop
+    except ImportError as error:
+        raise TrimKVError(f"trimkv-chat needs a package ({error}): pip install 'trimkv-edge[chat]'") from error
+    artefact = Artefact.load(args.artefact, verify=not args.no_verify)
+    loop = ChatLoop(_conversation(artefact, args), sampling, args.max_new_tokens, stops_of(args))
+    if args.load is not None:
+        loop.load(str(args.load))
+    if artefact.manifest.model.random_weights:
+        print("warning: this artefact has random weights: its text means nothing", file=sys.stderr)
+    loop.run()
+
+
+def _conversation(artefact: Artefact, args: argparse.Namespace) -> Conversation:
+    from trimkv_edge.runtime.conversation import Conversation
+    from trimkv_edge.runtime.session import Session
+
+    def warn(text: str) -> None:
+        print(f"\nwarning: {text}", file=sys.stderr)
+
+    session = Session.open(
+        artefact, args.engine, args.threads, checkpoints=args.undo_depth, note_tokens=True, warn=warn
+    )
+    return Conversation.open(artefact, session, args.system)
+
+
+if __name__ == "__main__":
+    main()
