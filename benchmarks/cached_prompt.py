@@ -2,9 +2,9 @@
 
     python benchmarks/cached_prompt.py      # about a minute
 
-``tiny`` reads a text of 50,000 tokens and makes one token; then sessions load the saved state and make the same one, and
-once more with a question in between, as one would use it. All are timed in one process whose engine is open. The command line pays for starting Python and opening the artefact
-too, with or without a saved session: it is timed apart.
+``tiny`` reads a text of 50,000 tokens and makes one token; then the session loads the saved state and makes the same
+one, and once more with a question in between, as one would use it. All are timed in one process whose engine is open.
+The command line pays for starting Python and opening the artefact too, saved session or not: it is timed apart.
 """
 
 from __future__ import annotations

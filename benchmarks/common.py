@@ -90,7 +90,7 @@ def save(path: Path, name: str, results: Any) -> None:
         "benchmark": name,
         "date": date.today().isoformat(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": psutil.cpu_count(logical=False),
             "memory_gib": round(psutil.virtual_memory().total / 2**30),
             "python": platform.python_version(),
@@ -103,7 +103,7 @@ def save(path: Path, name: str, results: Any) -> None:
     print(f"stored {path}")
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import parser, save
+from common import parser, processor, save
 
 from trimkv_edge.budget import parse_size
 from trimkv_edge.manifest import load_manifest
@@ -84,6 +84,7 @@ def measure(model: str, target: str, scheme: str, args: Any) -> dict[str, Any]:
         "scheme": scheme,
         "kv_dtype": manifest.cache.kv_dtype,
         "budget": args.budget,
+        "processor": processor(),
         "peak_rss_bytes": peak,
         "predicted_peak_bytes": predicted,
         "peak_beyond_weights_bytes": peak - manifest.bytes.weights,

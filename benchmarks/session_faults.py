@@ -57,7 +57,7 @@ def full_tmpfs(folder: Path) -> dict[str, bool] | None:
 def main() -> None:
     options = parser("Faults of session files: kills, damage, full disks, two processes", "session_faults")
     options.add_argument("--kills", type=int, default=200)
-    options.add_argument("--damages", type=int, default=2_000)
+    options.add_argument("--damages", type=int, default=4_000, help="half are bit flips, half cuts")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

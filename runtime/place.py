@@ -47,9 +47,8 @@ def earlier(state: CacheState, seen: int) -> CacheState:
         return state
     lengths = None if state.lengths is None else state.lengths - drop
     width = state.live - drop if lengths is None else int(lengths.max())
-    key, value, log_beta, positions = (
-        table[:, :, :width].copy() for table in (state.key, state.value, state.log_beta, state.positions)
-    )
+    key, value, log_beta = (table[:, :, :width].copy() for table in (state.key, state.value, state.log_beta))
+    positions = state.positions[:, :, :width].copy()
     if lengths is not None:
         dead = np.arange(width) >= lengths[..., None]
         key[dead], value[dead], log_beta[dead], positions[dead] = 0, 0, 0, -1

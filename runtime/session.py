@@ -16,12 +16,13 @@ import numpy.typing as npt
 from trimkv_edge.budget import ModelShape, cache_bytes
 from trimkv_edge.engine import CacheState, Engine, FloatArray, IntArray
 from trimkv_edge.errors import ConfigError, PositionLimitError, SessionError, StateError
+from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import load_engine
 from trimkv_edge.runtime.interrupts import Uninterrupted
 from trimkv_edge.runtime.place import Checkpoints, Place
 from trimkv_edge.runtime.sampling import Sampler, SamplingParams
-from trimkv_edge.runtime.session_file import Origin, Record, SessionFile, read_session
+from trimkv_edge.runtime.session_file import Origin, Record, SessionFile, artefact_scales, check_fits, read_session
 from trimkv_edge.runtime.statistics import SessionStatistics, peak_rss_bytes, rss_bytes
 from trimkv_edge.runtime.streaming import TextDecoder, TextStream
 
@@ -53,6 +54,7 @@ class Session:
         limit_hint: what sets the engine's position limit and how to lift it, for the message of the error.
         cache_size: bytes of the cache for the statistics; default: computed for float32.
         origin: what the cache depends on; without one, the session is neither saved nor loaded.
+        scales: of an int8 cache, so that saved files are as small.
         checkpoints: most places that :meth:`checkpoint` keeps; 0 keeps none.
         note_tokens: keep the tokens of the stream, 4 bytes each, for :attr:`tokens` and saved files.
         warn: called with the text of a warning; default: ``warnings.warn``.
@@ -70,6 +72,7 @@ class Session:
         limit_hint: str = "",
         cache_size: int | None = None,
         origin: Origin | None = None,
+        scales: KVScales | None = None,
         checkpoints: int = _CHECKPOINTS,
         note_tokens: bool = False,
         warn: Callable[[str], None] = warnings.warn,
@@ -79,7 +82,7 @@ class Session:
         self._trained_positions = trained_positions
         self._limit_hint = limit_hint
         self._cache_bytes = _float32_cache(engine) if cache_size is None else cache_size
-        self._origin = origin
+        self._origin, self._scales = origin, scales
         self._checkpoints = Checkpoints(checkpoints)
         self._note_tokens = note_tokens
         self._warn = warn
@@ -106,6 +109,7 @@ class Session:
             limit_hint=_SHORT_FACTORS if manifest.rope.variant == "short" else "",
             cache_size=manifest.bytes.cache,
             origin=Origin.of(manifest),
+            scales=artefact_scales(artefact),
             checkpoints=checkpoints,
             note_tokens=note_tokens,
             warn=warn,
@@ -192,7 +196,8 @@ class Session:
         if self.engine.seen == 0:
             raise ConfigError("nothing was fed: there is no session to save")
         target = file if isinstance(file, SessionFile) else SessionFile(file)
-        target.write(Record(self._place(), self.engine.state(), self.tokens), self._known_origin())
+        record = Record(self._place(), self.engine.state(), self.tokens, self._scales)
+        target.write(record, self._known_origin())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Goes on from a file that a session of the same artefact wrote, in whatever engine. Statistics and checkpoints
@@ -216,17 +221,7 @@ class Session:
             raise SessionError(f"session file {path} does not fit this cache: {error}") from error
 
     def _check(self, record: Record, path: str | os.PathLike[str]) -> None:
-        place, vocabulary = record.place, self.engine.vocab_size
-        known = [*place.newest, *([] if place.pending is None else [place.pending])]
-        logits = place.logits
-        if (
-            not 0 < place.seen <= self.engine.position_limit
-            or any(not 0 <= token < vocabulary for token in known)
-            or place.seen_tokens.shape != (-(-vocabulary // 8),)
-            or logits is None
-            or logits.shape != (vocabulary,)
-        ):
-            raise SessionError(f"session file {path} is of another vocabulary or position limit: read the text again")
+        check_fits(path, record, self.engine.vocab_size, self.engine.position_limit)
         if self._note_tokens and record.tokens is None:
             raise SessionError(
                 f"session file {path} has no note of the tokens read so far: open this session without note_tokens"
@@ -244,7 +239,7 @@ class Session:
             tuple(self._newest),
             self._logits,
             np.packbits(self._seen_tokens),
-            self._sampler and self._sampler.state,
+            None if self._sampler is None else self._sampler.state,
         )
 
     def _go_to(self, place: Place, state: CacheState) -> None:
@@ -255,7 +250,7 @@ class Session:
         self._pending, self._logits = place.pending, place.logits
         self._newest = deque(place.newest, _CONTEXT)
         self._seen_tokens = np.unpackbits(place.seen_tokens, count=self.engine.vocab_size).astype(np.bool_)
-        self._sampler = place.sampler and Sampler.resume(place.sampler)
+        self._sampler = None if place.sampler is None else Sampler.resume(place.sampler)
         self._waited_s = None
 
     def feed(self, tokens: npt.ArrayLike, progress: Progress | None = None) -> None:

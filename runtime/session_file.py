@@ -1,6 +1,7 @@
 """A session on disk: one safetensors file, its settings as JSON in the file's metadata. Any engine reads any engine's.
 
-Tensors (only entries that live): ``key``, ``value`` float32 ``[entries, head_dim]``, float16 where that is exact;
+Tensors (only entries that live): ``key``, ``value`` float32 ``[entries, head_dim]``, or as the cache stores them, where
+that is exact: float16, or int8 with ``key_scale``, ``value_scale`` float32 ``[layers, kv_heads, head_dim]``;
 ``log_beta`` float32 ``[entries]``; ``positions`` int64 ``[entries]``; head by head, layer by layer, in slot order.
 ``lengths`` int64 ``[layers, kv_heads]``; ``seen_tokens`` uint8, a bit for each token of the vocabulary; ``logits``
 float32 ``[vocab_size]``; ``tokens`` int32 ``[seen]``, if the stream was noted.
@@ -30,7 +31,9 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, IntArray
 from trimkv_edge.errors import SessionError, TrimKVError
 from trimkv_edge.files import replace_durably
+from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
 from trimkv_edge.manifest import Manifest
+from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.file_lock import locked
 from trimkv_edge.runtime.place import Place
 from trimkv_edge.runtime.sampling import SamplerState
@@ -40,7 +43,9 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _NO_CHECKSUM = "0" * 64
 _LONGEST_HEADER = 2**20
-_ALWAYS = {"key", "value", "log_beta", "positions", "lengths", "seen_tokens"}
+_BY_ENTRY = ("key", "value", "log_beta", "positions")
+_ALWAYS = {*_BY_ENTRY, "lengths", "seen_tokens"}
+_SCALES = {"key_scale", "value_scale"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Origin:
         weights_sha256, gates_sha256: as in the manifest; gates: their kind, and where random ones are from.
         weights: scheme and bits of the stored weights, and the type of activations.
         rope: LongRoPE factor set.
+        kv_scales: sha256 of the scales of an int8 cache, else empty.
         cache: all settings of the cache.
     """
 
@@ -62,6 +68,7 @@ class Origin:
     gates: str
     gates_sha256: str
     rope: str
+    kv_scales: str
     cache: CacheConfig
 
     @classmethod
@@ -75,6 +82,7 @@ class Origin:
             gates.kind if gates.sha256 else f"{gates.kind} {gates.source}",
             gates.sha256,
             manifest.rope.variant,
+            "" if (name := _scales_file(manifest)) is None else manifest.files[name].sha256,
             manifest.cache,
         )
 
@@ -95,11 +103,18 @@ class Header:
 
 @dataclass(frozen=True)
 class Record:
-    """A whole session. ``tokens``: int64 ``[seen]``, the stream so far, if it was noted."""
+    """A whole session.
+
+    Attributes:
+        place: where it stands; state: its cache.
+        tokens: int64 ``[seen]``, the stream so far, if it was noted.
+        scales: of an int8 cache; without them its numbers are stored as float32.
+    """
 
     place: Place
     state: CacheState
     tokens: IntArray | None = None
+    scales: KVScales | None = None
 
 
 _HEADER = TypeAdapter(Header)
@@ -200,13 +215,10 @@ def _tensors(record: Record, origin: Origin) -> dict[str, npt.NDArray[Any]]:
     rows = state.key.shape[:2]
     lengths = np.full(rows, state.live) if state.lengths is None else state.lengths
     live = np.arange(state.live) < lengths[..., None]
-    tables = {"key": state.key[live], "value": state.value[live]}
-    if origin.cache.kv_dtype == "float16":
-        tables = {name: _halved(table) for name, table in tables.items()}
     tensors: dict[str, npt.NDArray[Any]] = {
-        **tables,
-        "log_beta": state.log_beta[live],
-        "positions": state.positions[live],
+        **_stored(state, origin.cache.kv_dtype, record.scales),
+        "log_beta": state.log_beta,
+        "positions": state.positions,
         "lengths": lengths.astype(np.int64),
         "seen_tokens": place.seen_tokens,
     }
@@ -214,14 +226,26 @@ def _tensors(record: Record, origin: Origin) -> dict[str, npt.NDArray[Any]]:
         tensors["logits"] = place.logits
     if record.tokens is not None:
         tensors["tokens"] = record.tokens.astype(np.int32)
+    for name in _BY_ENTRY:
+        tensors[name] = tensors[name][live]
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
-def _halved(table: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """In float16 if no number changes: eager engines hold numbers that float16 does not have."""
-    with np.errstate(over="ignore"):
-        half = table.astype(np.float16)
-    return half if np.array_equal(half.astype(np.float32), table) else table
+def _stored(state: CacheState, kv_dtype: str, scales: KVScales | None) -> dict[str, npt.NDArray[Any]]:
+    """Keys and values as the cache stores them, if no number changes: an eager float16 cache holds any numbers."""
+    small: dict[str, npt.NDArray[Any]]
+    tables: dict[str, npt.NDArray[Any]] = {"key": state.key, "value": state.value}
+    if kv_dtype == "float16":
+        with np.errstate(over="ignore"):
+            small = {name: table.astype(np.float16) for name, table in tables.items()}
+        if all(np.array_equal(small[name].astype(np.float32), table) for name, table in tables.items()):
+            return small
+    if scales is not None:
+        factors = {"key": scales.key, "value": scales.value}
+        small = {name: to_int8(table, factors[name]) for name, table in tables.items()}
+        if all(np.array_equal(from_int8(small[name], factors[name]), table) for name, table in tables.items()):
+            return {**small, "key_scale": scales.key, "value_scale": scales.value}
+    return tables
 
 
 def _check_sum(path: Path, data: bytes) -> None:
@@ -258,9 +282,9 @@ def _parse(path: Path, data: bytes) -> tuple[Header, dict[str, npt.NDArray[Any]]
 
 
 def _check_origin(path: Path, found: Origin, wanted: Origin) -> None:
-    made, now = ({**asdict(origin), **asdict(origin.cache)} for origin in (found, wanted))
-    for name in made.keys() - {"model", "cache"}:
-        if made[name] != now[name]:
+    made, now = ({**asdict(origin.cache), **asdict(origin)} for origin in (found, wanted))
+    for name in made:
+        if name not in ("model", "cache") and made[name] != now[name]:
             raise SessionError(
                 f"session file {path} was made with {found.model}, {name} = {_short(made[name])}, but this artefact is "
                 f"{wanted.model} with {_short(now[name])}: use the artefact that made it, or read the text again"
@@ -274,7 +298,7 @@ def _short(value: object) -> str:
 
 def _record(header: Header, tensors: dict[str, npt.NDArray[Any]]) -> Record:
     names = set(tensors)
-    if not _ALWAYS <= names <= _ALWAYS | {"logits", "tokens"}:
+    if not _ALWAYS <= names <= _ALWAYS | _SCALES | {"logits", "tokens"} or names & _SCALES not in (set(), _SCALES):
         raise ValueError(f"its tensors are {sorted(names)}")
     lengths = tensors["lengths"]
     if lengths.ndim != 2 or lengths.size == 0 or lengths.min() < 0:
@@ -288,6 +312,8 @@ def _record(header: Header, tensors: dict[str, npt.NDArray[Any]]) -> Record:
     positions = np.full(live.shape, -1, np.int64)
     for table, name in ((key, "key"), (value, "value"), (log_beta, "log_beta"), (positions, "positions")):
         table[live] = tensors[name]
+    if "key_scale" in names:
+        key, value = from_int8(key, tensors["key_scale"]), from_int8(value, tensors["value_scale"])
     state = CacheState(
         header.seen, key, value, log_beta, positions, None if header.fill is None else lengths, header.fill
     )
@@ -298,6 +324,37 @@ def _record(header: Header, tensors: dict[str, npt.NDArray[Any]]) -> Record:
         header.seen, header.pending, header.newest, tensors.get("logits"), tensors["seen_tokens"], header.sampler
     )
     return Record(place, state, None if tokens is None else tokens.astype(np.int64))
+
+
+def check_fits(path: str | os.PathLike[str], record: Record, vocab_size: int, position_limit: int) -> None:
+    """Raises :class:`SessionError` if a record's numbers are of another model than its origin says."""
+    place, logits = record.place, record.place.logits
+    known = [*place.newest, *([] if place.pending is None else [place.pending])]
+    if (
+        not 0 < place.seen <= position_limit
+        or any(not 0 <= token < vocab_size for token in known)
+        or place.seen_tokens.shape != (-(-vocab_size // 8),)
+        or logits is None
+        or logits.shape != (vocab_size,)
+    ):
+        raise SessionError(f"session file {path} is of another vocabulary or position limit: read the text again")
+
+
+def artefact_scales(artefact: Artefact) -> KVScales | None:
+    """Of an int8 cache.
+
+    Raises:
+        ArtefactError: its file is missing or damaged.
+    """
+    name, model = _scales_file(artefact.manifest), artefact.manifest.model
+    if name is None:
+        return None
+    return load_scales(artefact.folder / name, (model.num_layers, model.num_kv_heads, model.head_dim))
+
+
+def _scales_file(manifest: Manifest) -> str | None:
+    names = (target.files.get("kv_scales") for target in manifest.targets.values())
+    return next((name for name in names if name), None)
 
 
 def _reason(error: Exception) -> str:

@@ -25,7 +25,7 @@ from trimkv_edge.runtime.place import Place
 from trimkv_edge.runtime.session_file import Origin, Record, SessionFile, read_session
 
 CONFIG = CacheConfig(budget=64, buffer=64, prefill_chunk=64)
-ORIGIN = Origin("made up", "ab" * 32, "none float32", "rg", "cd" * 32, "default", CONFIG)
+ORIGIN = Origin("made up", "ab" * 32, "none float32", "rg", "cd" * 32, "default", "", CONFIG)
 ROWS, DIM, VOCAB = (4, 2), 32, 1000
 
 
@@ -109,10 +109,10 @@ def _save_for_ever(path: Path, number: int, writer: int) -> None:
 
 
 def damages(path: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Flips one bit (half of the times, every second time in the first 2,000 bytes), or cuts the file at a random place.
+    """Flips one bit (half of the times; half of those in the first 2,000 bytes), or cuts the file at a random place.
 
     Returns:
-        How many were ``refused`` with an error of ours, were ``accepted``, or raised anything ``else``.
+        How many were ``refused`` with an error of ours, were ``accepted``, or raised anything ``other``.
     """
     good, chance = path.read_bytes(), random.Random(seed)
     found: Counter[str] = Counter(refused=0, accepted=0, other=0)

@@ -96,7 +96,11 @@ def test_drawing_goes_on_where_it_stopped_unless_told_otherwise(cached: Path, tm
         ("run", ["--session", "nowhere"], "session file nowhere cannot be read (No such file or directory)"),
         ("run", ["--session", "text.txt"], "text.txt is no session file"),
         ("run", ["--session", "cut"], "session file cut is damaged (its sha256 differs)"),
-        ("run", ["--session", "state", "--chat", "--prompt", "a"], "--chat begins a conversation and --session goes on"),
+        (
+            "run",
+            ["--session", "state", "--chat", "--prompt", "a"],
+            "--chat begins a conversation and --session goes on",
+        ),
         ("run", ["--prompt", "a", "--save-session", "no/such/s"], "is a folder or lies in none"),
         ("run", ["--session", "state", "--prompt", ""], "the prompt is empty"),
         ("cache", ["--prompt-file", "nowhere", "-o", "s"], "prompt file nowhere cannot be read"),

@@ -20,7 +20,7 @@ from trimkv_edge.runtime.sampling import SamplingParams
 from trimkv_edge.runtime.session import Session
 
 CONFIG = CacheConfig(budget=8, buffer=6, prefill_chunk=4)
-DRAW = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=5)
+DRAW = SamplingParams(temperature=20.0, repetition_penalty=1.2, seed=5)  # hot: cool draws hardly ever differ
 MODEL = gated_model("qwen3-gqa", "rg10")
 STRICT = SamplingParams(repetition_penalty=1e6)
 
@@ -57,46 +57,43 @@ def assert_stands_at(run: Session, stream: list[int], pending: int | None) -> No
     assert run.tokens.tolist() == read
 
 
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("feed"), st.integers(1, 9)),
-        st.tuples(st.just("generate"), st.integers(0, 9)),
-        st.tuples(st.just("checkpoint"), st.just(0)),
-        st.tuples(st.just("rewind"), st.integers(1, 4)),
-    ),
-    max_size=14,
+# Each turn: what is read, what is generated, and how many turns are then taken back. Never loose steps in any order:
+# then hardly an example goes back at all.
+TURNS = st.lists(
+    st.tuples(st.integers(1, 12), st.integers(0, 12), st.sampled_from([1, 0, 2, 3])), min_size=2, max_size=7
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=STEPS, limit=st.integers(1, 4), penalised=st.booleans())
-def test_a_rewound_session_is_one_that_never_went_on(steps: list[tuple[str, int]], limit: int, penalised: bool) -> None:
+@given(turns=TURNS, limit=st.integers(1, 4), penalised=st.booleans())
+def test_a_rewound_session_is_one_that_never_went_on(
+    turns: list[tuple[int, int, int]], limit: int, penalised: bool
+) -> None:
     run = session(checkpoints=limit, note_tokens=True)
     stream: list[int] = []
     marks: list[tuple[list[int], int | None]] = []
-    for turn, (kind, count) in enumerate(steps):
-        if kind == "feed":
-            run.feed(tokens(count, turn))
-            stream = stream + tokens(count, turn)
-        elif kind == "generate" and stream:
-            stream = stream + [piece.token for piece in run.generate(count, DRAW)]
-        elif kind == "checkpoint":
-            run.checkpoint()
-            marks = [*marks, (stream, run.pending)][-limit:]
-        elif kind == "rewind" and count > len(marks):
+    for turn, (given_, made, back) in enumerate(turns):
+        run.checkpoint()
+        marks = [*marks, (stream, run.pending)][-limit:]
+        run.feed(tokens(given_, turn))
+        stream = stream + tokens(given_, turn)
+        stream = stream + [piece.token for piece in run.generate(made, DRAW)]
+        if back > len(marks):
             before = run.engine.state()
             with pytest.raises(SessionError, match=rf"{len(marks)} are held \(at most {limit}\)"):
-                run.rewind(count)
+                run.rewind(back)
             assert_same(run.engine.state(), before)
-        elif kind == "rewind":
-            run.rewind(count)
-            stream, pending = marks[-count]
-            marks = marks[:-count]
+        elif back:
+            run.rewind(back)
+            stream, pending = marks[-back]
+            marks = marks[:-back]
             assert_stands_at(run, stream, pending)
-    if stream:
-        # The penalty sees which tokens the stream holds: those that were taken back must be gone.
-        sampling = STRICT if penalised else DRAW
-        assert list(run.generate(12, sampling)) == list(fed(stream).generate(12, sampling))
+        if stream and turn % 2:
+            # The penalty sees which tokens the stream holds: those that were taken back must be gone.
+            sampling = STRICT if penalised else DRAW
+            more = [piece.token for piece in run.generate(5, sampling)]
+            assert more == [piece.token for piece in fed(stream).generate(5, sampling)]
+            stream = stream + more
 
 
 @pytest.mark.parametrize("length", [4, 30])

@@ -30,17 +30,19 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, Engine
 from trimkv_edge.errors import ConfigError, SessionError
 from trimkv_edge.export.onnx import export_onnx
+from trimkv_edge.kv_scales import KVScales
+from trimkv_edge.manifest import FileInfo
 from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.runtime import file_lock
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines.onnx_pooled import OnnxPooledEngine
 from trimkv_edge.runtime.sampling import SamplingParams
 from trimkv_edge.runtime.session import Session
-from trimkv_edge.runtime.session_file import Origin, SessionFile, read_session
+from trimkv_edge.runtime.session_file import Origin, SessionFile, artefact_scales, read_session
 
 CONFIG = CacheConfig(budget=8, buffer=6, prefill_chunk=4)
-HERE = Origin("numpy", "", "none float32", "rg random", "", "default", CONFIG)
-DRAW = SamplingParams(temperature=1.0, top_p=0.95, repetition_penalty=1.1, seed=5)
+HERE = Origin("numpy", "", "none float32", "rg random", "", "default", "", CONFIG)
+DRAW = SamplingParams(temperature=20.0, top_p=0.95, repetition_penalty=1.1, seed=5)
 TOKENIZER = byte_level(VOCAB)
 
 
@@ -58,7 +60,7 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
-    types = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+    types = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
     body = data[8 + size :]
     tensors = {
         name: np.frombuffer(body[slice(*entry["data_offsets"])], types[entry["dtype"]]).reshape(entry["shape"])
@@ -104,6 +106,54 @@ def test_float16_caches_take_half_the_bytes_where_nothing_is_lost(tmp_path: Path
         assert same(read_session(tmp_path / "s", origin), what)
 
 
+def test_int8_caches_take_a_quarter_of_the_bytes(tmp_path: Path) -> None:
+    model = spread_gates(gated_model("llama-gqa"))
+    config = CacheConfig(14, 8, 8, kv_dtype="int8")
+    shape = (model.config.num_hidden_layers, model.config.num_key_value_heads, model.head_dim)
+    key, value = np.random.default_rng(0).uniform(0.005, 0.05, (2, *shape)).astype(np.float32)
+    scales, origin = KVScales(key, value), replace(HERE, cache=config, kv_scales="ab")
+
+    def open_(known: KVScales | None = scales) -> Session:
+        return session(eager_engine(model, config, scales=scales), origin, scales=known)
+
+    first, plain, second = open_(), open_(None), open_()
+    stream = random_tokens(40)  # leaves as many entries as a head has dimensions
+    for run, name in ((first, "small"), (plain, "large")):
+        run.feed(stream)
+        run.save(tmp_path / name)
+        second.load(tmp_path / name)
+        assert_equal(second.engine.state(), run.engine.state())
+    assert first.engine.live == first.engine.head_dim
+    small, large = parse(tmp_path / "small")[1], parse(tmp_path / "large")[1]
+    assert (small["key"].dtype, large["key"].dtype) == (np.int8, np.float32)
+    table = small["value"].reshape(*shape[:2], -1, shape[2]) * value[:, :, None].astype(np.float64)
+    np.testing.assert_allclose(table, first.engine.state().value, rtol=1e-6)
+    off = replace(scales, key=key * np.float32(1.01))  # not this cache's: nothing may be rounded
+    other = open_(off)
+    other.load(tmp_path / "small")
+    other.save(tmp_path / "off")
+    assert parse(tmp_path / "off")[1]["key"].dtype == np.float32
+
+
+def test_scales_come_from_the_artefact(tmp_path: Path) -> None:
+    artefact = Artefact.load(text_artefact())
+    assert artefact_scales(artefact) is None
+    assert Origin.of(artefact.manifest).kv_scales == ""
+    model, target = artefact.manifest.model, artefact.manifest.targets["onnx"]
+    shape = (model.num_layers, model.num_kv_heads, model.head_dim)
+    KVScales(np.full(shape, 0.25, np.float32), np.full(shape, 0.5, np.float32)).save(tmp_path / "scales.npz")
+    digest = hashlib.sha256((tmp_path / "scales.npz").read_bytes()).hexdigest()
+    manifest = replace(
+        artefact.manifest,
+        targets={"onnx": replace(target, files={**target.files, "kv_scales": "scales.npz"})},
+        files={"scales.npz": FileInfo(digest, 1)},
+    )
+    found = artefact_scales(replace(artefact, folder=tmp_path, manifest=manifest))
+    assert found is not None
+    assert (found.key == 0.25).all()
+    assert Origin.of(manifest).kv_scales == digest
+
+
 @pytest.mark.parametrize("sampling", [SamplingParams(), DRAW])
 @pytest.mark.parametrize("cut", [0, 1, 9, 24])
 def test_a_loaded_session_goes_on_as_the_one_that_was_saved(tmp_path: Path, sampling: SamplingParams, cut: int) -> None:
@@ -141,9 +191,8 @@ def test_noted_tokens_go_on(tmp_path: Path) -> None:
     assert plain.tokens is None
 
 
-@pytest.mark.parametrize("policy", ["global", "layer"])
-def test_budgets_that_heads_share_go_on_in_the_other_engine(tmp_path: Path, policy: str) -> None:
-    config = CacheConfig(22, 8, 8, policy, caps=((48, 16), (40, 24)))
+def test_budgets_that_heads_share_go_on_in_the_other_engine(tmp_path: Path) -> None:
+    config = CacheConfig(22, 8, 8, "global", caps=((48, 16), (40, 24)))
     model = spread_gates(gated_model("qwen3-gqa", "rg10"))
     target = export_onnx(model, config, tmp_path, ops="standard")
     manifest = make_manifest(model, config, target)
@@ -185,6 +234,7 @@ def changed(**parts: Any) -> Origin:
     [
         (changed(weights_sha256="ef" * 32), r"weights_sha256 = abababababab\.\.\., but this artefact is made up"),
         (changed(gates_sha256="ef" * 32), "gates_sha256"),
+        (changed(kv_scales="ef" * 32), "kv_scales"),
         (changed(rope="long"), "rope = 'default', .* with 'long'"),
         (changed(weights="int4 float32"), "weights = 'none float32', .* with 'int4 float32'"),
         (changed(cache=replace(session_faults.CONFIG, budget=96)), "budget = 64, .* with 96"),

@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add("--prompt-file", required=True, metavar="FILE", help="a UTF-8 file with the text (- for standard input)")
     add("-o", "--output", type=Path, required=True, metavar="STATE", help="file for the session; replaced if it exists")
-    add("--note-tokens", action="store_true", help="also store the tokens read: 4 bytes each, so it grows with the text")
+    add(
+        "--note-tokens", action="store_true", help="also store the tokens read: 4 bytes each, so it grows with the text"
+    )
     add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
     add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
     add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")

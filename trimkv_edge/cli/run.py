@@ -223,9 +223,8 @@ def _stream(session: Session, args: argparse.Namespace, artefact: Artefact, aske
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     info = artefact.manifest.tokenizer
-    # Before any text: stop strings without a tokenizer are refused in generate().
-    eos = [] if info is None else info.eos_token_ids
-    pieces = session.generate(args.max_new_tokens, _sampler(session, asked), eos, [_unescape(stop) for stop in args.stop])
+    eos, stops = [] if info is None else info.eos_token_ids, [_unescape(stop) for stop in args.stop]
+    pieces = session.generate(args.max_new_tokens, _sampler(session, asked), eos, stops)
     written = False
     try:
         for piece in pieces:
