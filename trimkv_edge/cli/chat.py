@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.artefact import Artefact
+    from trimkv_edge.runtime.sampling import SamplingParams
 
     sampling = sampling_of(args)  # what costs nothing is checked before what costs seconds
     try:
@@ -65,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise TrimKVError(f"trimkv-chat needs a package ({error}): pip install 'trimkv-edge[chat]'") from error
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
-    loop = ChatLoop(_conversation(artefact, args), sampling, args.max_new_tokens, stops_of(args))
+    loop = ChatLoop(_conversation(artefact, args), sampling or SamplingParams(), args.max_new_tokens, stops_of(args))
     if args.load is not None:
         loop.load(str(args.load))
     if artefact.manifest.model.random_weights:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
 from trimkv_edge.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
@@ -58,15 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
     add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
     add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
-    group = parser.add_argument_group("generation").add_argument
-    group("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)")
-    group("--temperature", type=float, metavar="X", help="0 (default) takes the best token every time")
-    group("--top-k", type=int, metavar="K", help="draw from the K best tokens (default 0: all)")
-    group("--top-p", type=float, metavar="P", help="draw from the best tokens that reach P (default 1: all)")
-    group("--min-p", type=float, metavar="P", help="drop tokens below P times the best (default 0: none)")
-    group("--repetition-penalty", type=float, metavar="X", help="above 1 avoids repetition (default 1: off)")
-    group("--seed", type=int, metavar="N", help="makes drawing repeatable")
-    group("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given again")
+    add_generation(parser, 256)
     report = parser.add_argument_group("reports").add_argument
     report("--stats", choices=["text", "json"], help="print statistics to stderr; json is its last line")
     report("--stats-file", type=Path, metavar="FILE", help="write statistics as JSON to FILE")
@@ -88,7 +81,9 @@ def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.session_file import SessionFile
 
     # What costs nothing is checked before what costs seconds.
-    sampling = _sampling(args)
+    sampling = sampling_of(args)
+    if args.stats_file is not None and not args.stats_file.absolute().parent.is_dir():
+        raise ConfigError(f"--stats-file {args.stats_file} lies in no existing folder: make the folder first")
     prompt = _prompt(args)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
     tokens = [] if prompt is None else encode_prompt(artefact, prompt, args.chat, begins=args.session is None)
@@ -121,21 +116,6 @@ def _prompt(args: argparse.Namespace) -> str | None:
         if args.prompt is None and args.prompt_file is None and args.stdin is None:
             return None
     return read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
-
-
-def _sampling(args: argparse.Namespace) -> SamplingParams | None:
-    """None: nothing was asked for."""
-    from trimkv_edge.runtime.sampling import SamplingParams
-
-    if args.max_new_tokens < 0:
-        raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be 0 or more")
-    if not all(args.stop):
-        raise ConfigError("--stop is empty: give at least one character")
-    if args.stats_file is not None and not args.stats_file.absolute().parent.is_dir():
-        raise ConfigError(f"--stats-file {args.stats_file} lies in no existing folder: make the folder first")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return SamplingParams(**asked) if asked else None
 
 
 def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
@@ -198,12 +178,6 @@ def encode_prompt(artefact: Artefact, prompt: str, chat: bool, *, begins: bool =
     return tokens
 
 
-def _unescape(stop: str) -> str:
-    """``\\n``, ``\\t`` and ``\\\\`` of the command line as characters."""
-    parts = [part.replace("\\n", "\n").replace("\\t", "\t") for part in stop.split("\\\\")]
-    return "\\".join(parts)
-
-
 def feed(session: Session, tokens: list[int], show: bool) -> None:
     """Reads the prompt; with a progress bar on stderr if ``show``."""
     from trimkv_edge.runtime.statistics import rss_bytes
@@ -223,7 +197,7 @@ def _stream(session: Session, args: argparse.Namespace, artefact: Artefact, aske
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     info = artefact.manifest.tokenizer
-    eos, stops = [] if info is None else info.eos_token_ids, [_unescape(stop) for stop in args.stop]
+    eos, stops = [] if info is None else info.eos_token_ids, stops_of(args)
     pieces = session.generate(args.max_new_tokens, _sampler(session, asked), eos, stops)
     written = False
     try:
