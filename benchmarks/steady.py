@@ -5,7 +5,7 @@
 
 One cycle is B decode steps and the event that ends it. From one full cache three cycles take turns: as it is, without
 the event (a plain ring of equal size that forgets without choosing), and as if the stream were ``--late`` tokens long
-(same entries, later positions). Rows are added to those stored, by artefact name.
+(same entries, later positions). Rows are added to those stored, by folder.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def main() -> None:
         cache = artefact.manifest.cache
         row |= {"engine": name, "threads": args.threads, "budget": cache.budget, "buffer": cache.buffer}
         row |= {"kv_dtype": cache.kv_dtype, **bandwidth(artefact, row["ms_per_token"] / 1e3, copy)}
-        results[f"{folder.resolve().name} {name}"] = row
+        where = folder.resolve()
+        results[f"{where.parent.name}/{where.name} {name}"] = row
         print(folder.name, row, flush=True)
         save(args.output, "steady", results)
 
