@@ -81,10 +81,11 @@ def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], sch
     read = 2 * shape.parameters * tokens / flops
     total = 0.0
     for target in targets:
-        graph = (_START[target] + _LAYER[target] * shape.num_layers) * loop / _REFERENCE_LOOP
+        numbers = _START[target] + _LAYER[target] * shape.num_layers + millions * (_PACK + _ROUND)
         runs = 2 if target in scheme.dynamic and target == "onnx" else 1
         # Quantised engines read a chunk about half as fast as torch.
-        total += graph + millions * (_PACK + _ROUND) + read * (1 + runs * (1 if scheme.weight_bits == 32 else 2))
+        engine = 1 if scheme.weight_bits == 32 else 2
+        total += numbers * loop / _REFERENCE_LOOP + read * (1 + runs * engine)
     return total
 
 

@@ -192,13 +192,24 @@ def plan_export(request: ExportRequest) -> ExportPlan:
             f"{rope.variant} LongRoPE factors are right for {rope.position_limit}: lower --budget or --buffer, or use "
             "--rope long"
         )
-    memory = replace(estimate_memory(shape, cache, request.dtype), weights=stored_bytes(outline, scheme))
-    if scheme.dtype == "float16":
-        # The runtime's device is a CPU, which multiplies float32 copies: as many bytes again as the file has, at least.
-        memory = replace(memory, workspace=memory.workspace + memory.weights)
+    memory = _memory_to_run(request, shape, cache, scheme, stored_bytes(outline, scheme))
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
     return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), scheme, outline, calibration)
+
+
+def _memory_to_run(
+    request: ExportRequest, shape: ModelShape, config: CacheConfig, scheme: Scheme, stored: int
+) -> MemoryEstimate:
+    memory = replace(estimate_memory(shape, config, request.dtype), weights=stored)
+    packed = 0
+    if scheme.dtype == "float16":
+        # The runtime's device is a CPU, which multiplies float32 copies: as many bytes again as the file has, at least.
+        packed = stored
+    elif "onnx" in request.targets and scheme.weight_bits < 16:
+        # ONNX Runtime packs blocks of 32 with their scale and a sum; the file's scales stay mapped.
+        packed = shape.parameters * 2 * 4 // 32
+    return replace(memory, workspace=memory.workspace + packed)
 
 
 def _kv_dtype(request: ExportRequest, policy: Policy, scheme: Scheme, ops: dict[str, str]) -> str:
@@ -344,7 +355,7 @@ def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPl
         )
     check_gates(calibration, loaded)
     config = calibration.cache
-    memory = replace(estimate_memory(plan.shape, config, request.dtype), weights=plan.memory.weights)
+    memory = _memory_to_run(request, plan.shape, config, plan.scheme, plan.memory.weights)
     plan = replace(plan, calibration=calibration, config=config, memory=memory)
     plan.check_fits()
     return plan
