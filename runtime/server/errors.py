@@ -1,0 +1,69 @@
+"""Errors in OpenAI's form, and the key that keeps others out."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trimkv_edge.errors import ArtefactError, ConfigError, PositionLimitError
+from trimkv_edge.runtime.server.pool import BusyError
+from trimkv_edge.runtime.server.task import DeadlineError, StoppedError
+
+_RETRY_S = "1"
+_KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
+    (BusyError, 503, "busy"),
+    (DeadlineError, 504, "timeout"),
+    (StoppedError, 499, "stopped"),
+    (PositionLimitError, 400, "context_length_exceeded"),
+    (ArtefactError, 400, "unsupported"),
+    (ConfigError, 400, "invalid_value"),
+)
+
+
+def status_of(error: BaseException) -> tuple[int, str]:
+    """HTTP status and code."""
+    return next(((status, code) for kind, status, code in _KNOWN if isinstance(error, kind)), (500, "internal_error"))
+
+
+def body_of(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_body(error: BaseException) -> dict[str, Any]:
+    """The object for an exception; mistakes of the program do not show their text."""
+    status, code = status_of(error)
+    return body_of("internal error: see the server's log" if status == 500 else str(error), status, code)
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The answer to a request that failed."""
+    status, _ = status_of(error)
+    headers = {"Retry-After": _RETRY_S} if status == 503 else None
+    return JSONResponse(error_body(error), status, headers)
+
+
+class KeyGuard:
+    """Lets nobody in without the key, except to ``/healthz``; looks at nothing but the headers.
+
+    Args:
+        app: what is guarded.
+        key: the bearer token.
+    """
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._want = app, b"Bearer " + key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/healthz":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._want):
+                message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
+                response = JSONResponse(body_of(message, 401, "invalid_api_key"), 401)
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

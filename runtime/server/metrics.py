@@ -1,0 +1,37 @@
+"""What ``/metrics`` tells, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from trimkv_edge.runtime.server.pool import Answer, SlotPool
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self, pool: SlotPool) -> None:
+        self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"trimkv_{name}", text, labels, registry=self._registry)
+
+        self._requests = counter("requests", "Requests for text, by how they ended", ("outcome",))
+        self._read = counter("prompt_tokens_read", "Prompt tokens that the engines read")
+        self._cached = counter("prompt_tokens_cached", "Prompt tokens that a cache held already")
+        self._made = counter("completion_tokens", "Tokens that were generated")
+        Gauge("trimkv_sessions", "Sessions", registry=self._registry).set(len(pool.slots))
+        busy = Gauge("trimkv_sessions_busy", "Sessions that are answering", registry=self._registry)
+        busy.set_function(lambda: pool.busy)
+
+    def count(self, outcome: str, answer: Answer | None = None) -> None:
+        """Notes the end of a request: ``ok``, ``stopped``, or an HTTP status."""
+        self._requests.labels(outcome).inc()
+        if answer is not None:
+            self._read.inc(answer.prompt_tokens - answer.cached_tokens)
+            self._cached.inc(answer.cached_tokens)
+            self._made.inc(answer.completion_tokens)
+
+    def text(self) -> bytes:
+        """The page."""
+        return generate_latest(self._registry)

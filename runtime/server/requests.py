@@ -1,0 +1,159 @@
+"""Bodies of requests. What cannot be honoured is refused: nothing is ignored in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trimkv_edge.runtime.sampling import SamplingParams
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+# Parameters that clients send with the value that means "off".
+Off = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(_Strict):
+    """A part of a message; images and sounds are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Strict):
+    """``include_usage`` sends the token counts in a chunk of their own, before the end."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Strict):
+    """Plain text only."""
+
+    type: Literal["text"]
+
+
+class _Generation(_Strict):
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Text | list[Text] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    frequency_penalty: Off | None = None
+    presence_penalty: Off | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams only: send stream=true, or leave it out")
+        self.sampling()
+        return self
+
+    def sampling(self) -> SamplingParams:
+        """How tokens are chosen; greedy unless a temperature is given, as in the project's commands.
+
+        Raises:
+            ConfigError: a value is out of range (a validation error while the request is read).
+        """
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        return SamplingParams(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatRequest(_Generation):
+    """Body of ``/v1/chat/completions``; ``conversation`` is ours."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+    conversation: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatRequest:
+        if self.messages[-1].role != "user" or not self.messages[-1].text.strip():
+            raise ValueError("the last message must be of role user, and not empty: it is what gets answered")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise ValueError(f"max_tokens and max_completion_tokens differ {both}: send one of them")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Most tokens of the answer."""
+        return self.max_completion_tokens or self.max_tokens or 512
+
+
+class CompletionRequest(_Generation):
+    """Body of ``/v1/completions``."""
+
+    prompt: Text
+    max_tokens: Count | None = None
+
+    @property
+    def count(self) -> int:
+        """Most tokens of the answer; the default is OpenAI's."""
+        return self.max_tokens or 16
+
+
+_ALLOWED: dict[str, type[BaseModel]] = {
+    "messages": Message,
+    "content": TextPart,
+    "stream_options": StreamOptions,
+    "response_format": ResponseFormat,
+}
+
+
+def explain(error: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, str | None]:
+    """The message for one of pydantic's errors, and the parameter it is about.
+
+    Args:
+        error: of ``ValidationError.errors()``; its place starts with ``body``.
+        model: what the body should have been.
+    """
+    place: Sequence[str | int] = error["loc"][1:]
+    if error["type"] == "json_invalid":
+        return "the body is not JSON: send a JSON object", None
+    name = ".".join(str(part) for part in place) or None
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        owner = next((_ALLOWED[str(part)] for part in reversed(place[:-1]) if str(part) in _ALLOWED), model)
+        return f"{name} is not supported: leave it out; allowed are {', '.join(owner.model_fields)}", name
+    if name is None:
+        return message, None
+    if error["type"] == "missing":
+        return f"{name} is missing", name
+    return f"{name} is {_short(error.get('input'))}: {message}", name
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

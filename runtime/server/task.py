@@ -1,0 +1,85 @@
+"""One answer: made in its slot's thread, taken in the server's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from time import monotonic
+
+from trimkv_edge.errors import TrimKVError
+from trimkv_edge.runtime.server.pool import Answer, Prompt, Slot, SlotPool
+
+
+class DeadlineError(TrimKVError):
+    """An answer took longer than the server allows."""
+
+
+class StoppedError(TrimKVError):
+    """Who asked is gone."""
+
+
+class Task:
+    """Starts at once. The slot is free again when the thread is done, whether or not anybody takes the pieces.
+
+    Args:
+        pool: where ``slot`` was claimed.
+        slot: belongs to this task from now on.
+        prompt: what to answer.
+        timeout: most seconds for reading and answering.
+    """
+
+    def __init__(self, pool: SlotPool, slot: Slot, prompt: Prompt, timeout: float) -> None:
+        self.answer = Answer()
+        self.error: BaseException | None = None
+        self._pool, self._slot, self._prompt, self._timeout = pool, slot, prompt, timeout
+        self._deadline = monotonic() + timeout
+        self._stopped = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[str | None] = asyncio.Queue()
+        try:
+            slot.worker.submit(self._run)
+        except BaseException:
+            pool.release(slot)
+            raise
+
+    def stop(self) -> None:
+        """Ends the work before the next chunk or token."""
+        self._stopped.set()
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer's text as it comes; leaving it stops the work.
+
+        Raises:
+            DeadlineError: the time is over.
+            TrimKVError: what :meth:`Slot.answer` raises.
+        """
+        try:
+            while (text := await self._queue.get()) is not None:
+                yield text
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.stop()
+
+    def _run(self) -> None:
+        try:
+            for text in self._slot.answer(self._prompt, self.answer, self._check):
+                self._send(text)
+        except BaseException as error:
+            self.error = error
+        finally:
+            # Before the end is told: who hears of it may ask again at once.
+            self._pool.release(self._slot)
+            self._send(None)
+
+    def _check(self) -> None:
+        if self._stopped.is_set():
+            raise StoppedError("the client went away")
+        if monotonic() > self._deadline:
+            raise DeadlineError(f"the answer took longer than {self._timeout:g} s: ask for fewer tokens")
+
+    def _send(self, text: str | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, text)

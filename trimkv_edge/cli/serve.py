@@ -1,0 +1,136 @@
+"""``trimkv-serve``: an artefact behind OpenAI's HTTP interface, in a fixed amount of memory."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimkv_edge.cli.common import run_cli
+from trimkv_edge.errors import ConfigError, TrimKVError
+
+if TYPE_CHECKING:
+    from trimkv_edge.runtime.artefact import Artefact
+
+_GRACE_S = 5
+
+_EPILOG = """\
+examples:
+  trimkv-serve artefacts/qwen3-4b --sessions 2
+  KEY=... trimkv-serve artefacts/qwen3-4b --host 0.0.0.0 --api-key-env KEY
+
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Conversation-Id: anna' \\
+    -d '{"model": "qwen3-4b", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+  said = [{"role": "user", "content": "Hello"}]
+  for part in client.chat.completions.create(model="qwen3-4b", messages=said, stream=True,
+                                             extra_body={"conversation": "anna"}):
+      print(part.choices[0].delta.content or "", end="")
+
+The model's name is the artefact's folder name. A conversation keeps its session, so that its next turn reads only the
+new message; send the whole list of messages as usual. When all sessions are answering, requests get 503 with
+Retry-After. What is not supported is refused with 400. /healthz and /metrics tell how it is.
+
+exit codes: 0 ended by SIGTERM, 130 by Ctrl-C, 2 wrong input, port in use or not enough memory
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="trimkv-serve",
+        description="Serve an exported model over HTTP with OpenAI's interface, in a fixed amount of memory.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
+    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1); others need --api-key-env")
+    add("--port", type=int, default=8000, help="port (default 8000; 0: any free one)")
+    add("--sessions", type=int, default=4, metavar="N", help="answers at the same time (default 4); each costs memory")
+    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
+    add("--threads", type=int, metavar="N", help="threads of each session's engine (default: its own choice)")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds the key clients must send")
+    add("--timeout", type=float, default=300.0, metavar="S", help="most seconds for one answer (default 300)")
+    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = build_parser().parse_args(argv)
+    run_cli(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    from trimkv_edge.runtime.artefact import Artefact
+
+    key = _key(args.api_key_env)
+    if key is None and not _is_loopback(args.host):
+        raise ConfigError(f"--host {args.host} lets other machines in: give --api-key-env NAME, or use 127.0.0.1")
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port is {args.port}, but must be from 0 to 65535")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise TrimKVError(f"trimkv-serve needs a package ({error}): pip install 'trimkv-edge[serve]'") from error
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family) as listener:
+        _serve(Artefact.load(args.artefact, verify=not args.no_verify), listener, key, args)
+
+
+def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: argparse.Namespace) -> None:
+    import uvicorn
+
+    from trimkv_edge.runtime.server.app import make_app
+    from trimkv_edge.runtime.server.pool import SlotPool
+
+    if artefact.tokenizer is None:
+        raise TrimKVError(f"{artefact.folder} has no tokenizer (random weights have none): there is no text to serve")
+    name = artefact.folder.resolve().name
+    pool = SlotPool.open(artefact, args.sessions, args.engine, args.threads)
+    try:
+        app = make_app(pool, name, api_key=key, timeout=args.timeout)
+        if artefact.manifest.model.random_weights:
+            print("warning: this artefact has random weights: its text means nothing", file=sys.stderr)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(
+            f"serving {name} at http://{host}:{listener.getsockname()[1]}/v1 with {args.sessions} sessions",
+            file=sys.stderr,
+            flush=True,
+        )
+        # uvicorn ends gracefully and then raises the signal again, for this handler.
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        pool.close()
+
+
+def _key(name: str | None) -> str | None:
+    if name is None:
+        return None
+    key = os.environ.get(name, "")
+    if not key:
+        raise ConfigError(f"--api-key-env {name}: this environment variable is not set or empty")
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    main()
