@@ -226,6 +226,5 @@ class SlotPool:
 
 
 def memory_to_serve(artefact: Artefact, sessions: int) -> int:
-    """Estimated peak bytes of the process."""
-    size = artefact.manifest.bytes
-    return size.peak + (sessions - 1) * (size.weights + size.cache)
+    """Estimated bytes of the process: engines share neither weights nor what their libraries make of them."""
+    return sessions * artefact.manifest.bytes.peak
