@@ -93,12 +93,17 @@ def perplexity(engine: Engine, text: list[int]) -> float:
     return math.exp(loss / (len(text) - 257))
 
 
+def distinct_schemes(target: str) -> list[Scheme]:
+    """Those that a target can build; in onnx 8da4w is another name of int4."""
+    found = [scheme for scheme in SCHEMES.values() if target in scheme.targets]
+    return [scheme for scheme in found if (target, scheme.name) != ("onnx", "8da4w")]
+
+
 def forms(target: str) -> list[tuple[str, dict[str, Any]]]:
     """Schemes of a target, with the cache and the embedding as they come, and smaller ones."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for name, scheme in SCHEMES.items():
-        if target not in scheme.targets or (name == "8da4w" and target == "onnx"):
-            continue
+    for scheme in distinct_schemes(target):
+        name = scheme.name
         found.append((name, {}))
         if target == "onnx" and "int8" in scheme.kv_dtypes:
             found.append((name, {"kv_dtype": "int8"}))
@@ -161,11 +166,10 @@ def main() -> None:
     if args.schemes_only:
         results["gates"] = json.loads(args.output.read_text())["results"]["gates"]
     for target in args.targets:
-        for name, scheme in SCHEMES.items():
-            if args.schemes_only:
-                continue
-            if target in scheme.targets and scheme.gate_bits == 8 and not (name == "8da4w" and target == "onnx"):
-                results["gates"] += gates_by_bits(target, scheme, args.budgets, ids)
+        if not args.schemes_only:
+            for scheme in distinct_schemes(target):
+                if scheme.gate_bits == 8:
+                    results["gates"] += gates_by_bits(target, scheme, args.budgets, ids)
         if not args.gates_only:
             results["schemes"] += schemes(target, args)
     save(args.output, "quantization", results)

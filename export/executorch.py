@@ -35,7 +35,6 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram, export
 
-from trimkv_edge.budget import format_bytes
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import policy_of, require_exportable
@@ -156,8 +155,7 @@ def build_program(
         else:
             model, late = filled(model, weights), LateWeights({}, "model", parts)
         if done := parts.done():
-            of = f"{format_bytes(done)} of {format_bytes(late.total)} are packed"
-            numbers.say(f"going on where an interrupted export stopped: {of}")
+            numbers.go_on(done, late.total)
         program = _lower(model, late, config, ops, metadata or {}, progress or (lambda _: None))
     check_program(program, ops)
     return program

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from trimkv_edge.budget import format_bytes
 from trimkv_edge.export.resume import RESUMABLE, Numbers, Progress, kept_folder, owned
 from trimkv_edge.files import replace_text
 
@@ -36,11 +35,7 @@ def save_with_data(model: ir.Model, path: Path, location: str, numbers: Numbers)
             data, journal = kept / location, kept / "journal.json"
             done = _recorded(data, journal, plan)
             if done:
-                size = plan.entries[done - 1].end
-                numbers.say(
-                    f"going on where an interrupted export stopped: {format_bytes(size)} of "
-                    f"{format_bytes(plan.total)} are packed"
-                )
+                numbers.go_on(plan.entries[done - 1].end, plan.total)
             plan.write(data, done, numbers.progress, lambda count: replace_text(journal, json.dumps(count)))
             shutil.move(data, path.parent / location)
             shutil.rmtree(kept)

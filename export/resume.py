@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from trimkv_edge.budget import format_bytes
 from trimkv_edge.models.random_weights import cache_folder
 
 # Repeating less than this costs seconds.
@@ -35,6 +36,11 @@ class Numbers:
     restart: bool = False
     say: Callable[[str], None] = lambda line: None
     progress: Progress | None = None
+
+    def go_on(self, done: int, total: int) -> None:
+        """Says that ``done`` of ``total`` bytes need not be packed again."""
+        of = f"{format_bytes(done)} of {format_bytes(total)} are packed"
+        self.say(f"going on where an interrupted export stopped: {of}")
 
 
 def kept_folder(*what: Any) -> Path:

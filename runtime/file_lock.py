@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
-from trimkv_edge.errors import SessionError
+from trimkv_edge.errors import SessionError, reason
 
 
 @contextmanager
@@ -24,9 +24,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         handle = _take(path, lock)
     except OSError as error:
-        raise SessionError(
-            f"{path} cannot be saved ({error.strerror or error}): choose a folder you can write"
-        ) from error
+        raise SessionError(f"{path} cannot be saved ({reason(error)}): choose a folder you can write") from error
     try:
         yield
     finally:

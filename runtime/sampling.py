@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,17 @@ class SamplingParams:
             raise ConfigError(f"repetition penalty is {self.repetition_penalty}, but must be above 0; 1 is off")
         if self.seed is not None and self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, but must be 0 or more")
+
+    @classmethod
+    def asked(cls, source: object) -> SamplingParams | None:
+        """What attributes of these names say, None standing for not given; None if nothing was given.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        given = {field.name: getattr(source, field.name) for field in fields(cls)}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(**given) if given else None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from safetensors.numpy import load, save
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, IntArray
-from trimkv_edge.errors import SessionError, TrimKVError
+from trimkv_edge.errors import SessionError, TrimKVError, reason
 from trimkv_edge.files import replace_durably
 from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
 from trimkv_edge.manifest import Manifest
@@ -173,7 +173,7 @@ class SessionFile:
             replace_durably(self.path, write)
         except OSError as error:
             raise SessionError(
-                f"{self.path} cannot be saved ({_reason(error)}): it needs {len(data)} bytes; free space or choose "
+                f"{self.path} cannot be saved ({reason(error)}): it needs {len(data)} bytes; free space or choose "
                 "another place; a file that was there is as it was"
             ) from error
 
@@ -193,7 +193,7 @@ def read_session(path: str | os.PathLike[str], origin: Origin) -> Record:
         data = path.read_bytes()
     except OSError as error:
         raise SessionError(
-            f"session file {path} cannot be read ({_reason(error)}): give a file that was saved as a session"
+            f"session file {path} cannot be read ({reason(error)}): give a file that was saved as a session"
         ) from error
     _check_sum(path, data)
     header, tensors = _parse(path, data)
@@ -355,7 +355,3 @@ def artefact_scales(artefact: Artefact) -> KVScales | None:
 def _scales_file(manifest: Manifest) -> str | None:
     names = (target.files.get("kv_scales") for target in manifest.targets.values())
     return next((name for name in names if name), None)
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -39,3 +39,8 @@ class VerificationError(TrimKVError):
 
 class HubError(TrimKVError):
     """The model hub cannot be reached, does not know the token, or refuses an upload."""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in words: of a failed system call without its number and path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -20,7 +20,7 @@ def replace_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def replace_durably(path: Path, write: Callable[[Path], None]) -> None:
+def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Puts the file that ``write`` makes in the place of ``path``; when this returns it outlasts a loss of power.
 
     One writer of ``path`` at a time: the name beside it is always the same, so that nothing piles up after kills.
@@ -28,14 +28,15 @@ def replace_durably(path: Path, write: Callable[[Path], None]) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         write(beside)
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

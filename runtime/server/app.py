@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.runtime.server.errors import KeyGuard, body_of, error_body, error_response, status_of
 from trimkv_edge.runtime.server.metrics import Metrics
-from trimkv_edge.runtime.server.pool import Answer, Prompt, SlotPool, digest
+from trimkv_edge.runtime.server.pool import Answer, Prompt, SlotPool
 from trimkv_edge.runtime.server.requests import ChatRequest, CompletionRequest, explain
 from trimkv_edge.runtime.server.task import Task
 
@@ -109,7 +109,7 @@ class _Server:
     ) -> Response:
         name = body.conversation or x_conversation_id or None
         prompt = Prompt(body.sampling(), body.count, body.stops, body.messages)
-        return await self._reply(request, body, prompt, _CHAT_FORM, name, digest(body.messages[:-1]))
+        return await self._reply(request, body, prompt, _CHAT_FORM, name)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         prompt = Prompt(body.sampling(), body.count, body.stops, text=body.prompt)
@@ -137,13 +137,12 @@ class _Server:
         prompt: Prompt,
         form: _Form,
         conversation: str | None = None,
-        earlier: str | None = None,
     ) -> Response:
         if unknown := self._unknown(body.model):
             self._metrics.count("404")
             return unknown
         try:
-            task = Task(self._pool, self._pool.claim(conversation, earlier), prompt, self._timeout)
+            task = Task(self._pool, self._pool.claim(conversation, prompt.earlier), prompt, self._timeout)
         except Exception as error:
             return self._failed(error)
         self._watch(request, task)

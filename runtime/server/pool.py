@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 
 from trimkv_edge.budget import check_fits
@@ -45,6 +46,11 @@ class Prompt:
     def __post_init__(self) -> None:
         if bool(self.messages) == (self.text is not None):
             raise ConfigError("a prompt is either messages or a text: give one of them")
+
+    @cached_property
+    def earlier(self) -> str | None:
+        """Digest of all messages but the newest; None for a text."""
+        return digest(self.messages[:-1]) if self.messages else None
 
 
 @dataclass
@@ -135,7 +141,7 @@ class Slot:
             self._start()
             return tokenizer.encode(prompt.text)
         *earlier, last = prompt.messages
-        if self._talk is not None and known == digest(earlier):
+        if self._talk is not None and known == prompt.earlier:
             try:
                 return self._talk.tokens_of(last.text)
             except ArtefactError as error:

@@ -78,8 +78,7 @@ class _Generation(_Strict):
         Raises:
             ConfigError: a value is out of range (a validation error while the request is read).
         """
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        return SamplingParams(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        return SamplingParams.asked(self) or SamplingParams()
 
     @property
     def stops(self) -> list[str]:

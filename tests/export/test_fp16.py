@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from export_request import request_for
 from factories import base_config, gated_model, random_tokens
 from onnx import TensorProto
 from onnx_artefact import Artefact, feed, make_manifest, same, spread_gates
@@ -151,13 +152,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def request_for(model: Path, output: Path, **more: Any) -> ExportRequest:
-    base = ExportRequest(str(model), output, "16", buffer=8, prefill_chunk=8, random_weights=True)
-    return replace(base, **{"targets": ("onnx",), "quant": "fp16", **more})
+def fp16_request(model: Path, output: Path, **more: Any) -> ExportRequest:
+    return request_for(model, output, **{"targets": ("onnx",), "quant": "fp16", **more})
 
 
 def test_the_whole_export_says_float16(model: Path, tmp_path: Path) -> None:
-    run_export(plan_export(request_for(model, tmp_path / "out")), lambda line: None)
+    run_export(plan_export(fp16_request(model, tmp_path / "out")), lambda line: None)
     manifest: Manifest = load_manifest(tmp_path / "out")
     assert (manifest.dtype, manifest.quantization, manifest.cache.kv_dtype) == ("float16", "fp16", "float16")
     # 24 slots x 8 rows x (2 x 16 x 2 + 4) bytes, and 16 positions x 8 rows x 8 bytes.
@@ -191,14 +191,14 @@ def test_the_whole_export_says_float16(model: Path, tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be_honoured(model: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_export(request_for(model, tmp_path / "out", **change))
+        plan_export(fp16_request(model, tmp_path / "out", **change))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_kv_dtype_may_be_named(model: Path, tmp_path: Path) -> None:
     for asked in (None, "float16"):
-        assert plan_export(request_for(model, tmp_path / "out", kv_dtype=asked)).config.kv_dtype == "float16"
-    assert plan_export(request_for(model, tmp_path / "out", quant="none")).config.kv_dtype == "float32"
+        assert plan_export(fp16_request(model, tmp_path / "out", kv_dtype=asked)).config.kv_dtype == "float16"
+    assert plan_export(fp16_request(model, tmp_path / "out", quant="none")).config.kv_dtype == "float32"
 
 
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:

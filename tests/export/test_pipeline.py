@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from export_request import request_for
 from factories import base_config, gated_model, random_tokens
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import BudgetError, ConfigError, ModelError, VerificationError
 from trimkv_edge.export import check_artefact, pipeline, targets
-from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
+from trimkv_edge.export.pipeline import plan_export, run_export
 from trimkv_edge.manifest import load_manifest
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.loading import load_model
@@ -27,11 +27,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     base_config("qwen3-gqa").save_pretrained(folder)
     return folder
-
-
-def request_for(model: Path, output: Path, **more: Any) -> ExportRequest:
-    base = ExportRequest(str(model), output, "16", buffer=8, prefill_chunk=8, random_weights=True)
-    return replace(base, **more)
 
 
 @pytest.fixture(scope="module")

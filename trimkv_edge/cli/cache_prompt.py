@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from trimkv_edge.budget import format_bytes
-from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.common import add_engine, run_cli
 from trimkv_edge.cli.run import encode_prompt, feed, read_prompt, warn
 
 _EPILOG = """\
@@ -38,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--note-tokens", action="store_true", help="also store the tokens read: 4 bytes each, so it grows with the text"
     )
-    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
-    add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
-    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    add_engine(parser)
     add("--progress", action="store_true", help="show the progress even if stderr is no terminal")
     return parser
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
 from trimkv_edge.errors import TrimKVError
 
@@ -43,9 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="the system prompt (default: the template's own, if it has one)")
     add("--load", type=Path, metavar="FILE", help="go on with a chat that /save wrote, with any engine")
     add("--undo-depth", type=int, default=8, metavar="N", help="turns that /undo can take back (default 8; 0: none)")
-    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
-    add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
-    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    add_engine(parser)
     add_generation(parser, 512)
     return parser
 
@@ -69,8 +67,7 @@ def _run(args: argparse.Namespace) -> None:
     loop = ChatLoop(_conversation(artefact, args), sampling or SamplingParams(), args.max_new_tokens, stops_of(args))
     if args.load is not None:
         loop.load(str(args.load))
-    if artefact.manifest.model.random_weights:
-        print("warning: this artefact has random weights: its text means nothing", file=sys.stderr)
+    warn_random_weights(artefact.manifest)
     loop.run()
 
 

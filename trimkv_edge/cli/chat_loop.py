@@ -129,7 +129,9 @@ class ChatLoop:
     def kept(self, number: str) -> None:
         """The newest tokens that are held, brighter where more heads hold them; a dot for a gap."""
         session = self.talk.session
-        held = held_tokens(session, _number(number or str(_SHOWN), "/kept"))
+        most = _number(number or str(_SHOWN), "/kept")
+        everything = held_tokens(session)
+        held = everything[-most:]
         shown, last = Text(), None
         for token in held:
             if last is not None and token.position > last + 1:
@@ -138,9 +140,8 @@ class ChatLoop:
             shown.append(token.text, f"rgb({grey},{grey},{grey})")
             last = token.position
         self._console.print(shown)
-        everything = len(held_tokens(session))
         self._note(
-            f"{everything:,} of {session.engine.seen:,} tokens are held by at least one of "
+            f"{len(everything):,} of {session.engine.seen:,} tokens are held by at least one of "
             f"{session.engine.num_layers * session.engine.num_kv_heads} heads; the last {len(held):,} are shown"
         )
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from trimkv_edge.errors import ConfigError, TrimKVError
+
+if TYPE_CHECKING:
+    from trimkv_edge.manifest import Manifest
 
 DEBUG_VARIABLE = "TRIMKV_DEBUG"
 EXIT_ERROR = 2  # the input or the machine: the user can act on it (argparse uses it too)
@@ -46,6 +51,20 @@ def run_cli(command: Callable[[], None]) -> None:
             f"(run with {DEBUG_VARIABLE}=1 for the traceback)",
             EXIT_INTERNAL,
         )
+
+
+def add_engine(parser: argparse.ArgumentParser, engine: str = "the engine") -> None:
+    """Options of commands that run an artefact; ``engine``: whose threads they are, for the help."""
+    add = parser.add_argument
+    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
+    add("--threads", type=int, metavar="N", help=f"threads of {engine} (default: its own choice)")
+    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+
+
+def warn_random_weights(manifest: Manifest) -> None:
+    """Says on stderr that text of random weights means nothing."""
+    if manifest.model.random_weights:
+        print("warning: this artefact has random weights: its text means nothing", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

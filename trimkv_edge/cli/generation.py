@@ -36,9 +36,7 @@ def sampling_of(args: argparse.Namespace) -> SamplingParams | None:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}, but must be 0 or more")
     if not all(args.stop):
         raise ConfigError("--stop is empty: give at least one character")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return SamplingParams(**asked) if asked else None
+    return SamplingParams.asked(args)
 
 
 def stops_of(args: argparse.Namespace) -> list[str]:

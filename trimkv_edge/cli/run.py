@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from trimkv_edge.budget import format_bytes
-from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
-from trimkv_edge.errors import ArtefactError, ConfigError
+from trimkv_edge.errors import ArtefactError, ConfigError, reason
 
 if TYPE_CHECKING:
     from trimkv_edge.runtime.artefact import Artefact
@@ -56,9 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="send the prompt as one user message through the artefact's chat template")
     add("--session", type=Path, metavar="STATE", help="go on from a saved session, which stays as it is")
     add("--save-session", type=Path, metavar="STATE", help="save the session at the end, also after Ctrl-C")
-    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
-    add("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
-    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    add_engine(parser)
     add_generation(parser, 256)
     report = parser.add_argument_group("reports").add_argument
     report("--stats", choices=["text", "json"], help="print statistics to stderr; json is its last line")
@@ -87,8 +85,7 @@ def _run(args: argparse.Namespace) -> None:
     prompt = _prompt(args)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
     tokens = [] if prompt is None else encode_prompt(artefact, prompt, args.chat, begins=args.session is None)
-    if artefact.manifest.model.random_weights:
-        warn("this artefact has random weights: its text means nothing")
+    warn_random_weights(artefact.manifest)
     with ExitStack() as stack:
         target = args.save_session and stack.enter_context(SessionFile(args.save_session).open())
         session = Session.open(artefact, args.engine, args.threads, profile=args.profile, checkpoints=0, warn=warn)
@@ -134,7 +131,7 @@ def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
         try:
             data = sys.stdin.buffer.read() if stdin else Path(str(file)).read_bytes()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"prompt file {where} cannot be read: {_reason(error)}") from error
+            raise ConfigError(f"prompt file {where} cannot be read: {reason(error)}") from error
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -145,10 +142,6 @@ def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
     if not text:
         raise ConfigError("the prompt is empty: give some text")
     return text
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def encode_prompt(artefact: Artefact, prompt: str, chat: bool, *, begins: bool = True) -> list[int]:

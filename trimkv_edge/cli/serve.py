@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimkv_edge.cli.common import run_cli
+from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.errors import ConfigError, TrimKVError
 
 if TYPE_CHECKING:
@@ -55,11 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1); others need --api-key-env")
     add("--port", type=int, default=8000, help="port (default 8000; 0: any free one)")
     add("--sessions", type=int, default=4, metavar="N", help="answers at the same time (default 4); each costs memory")
-    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
-    add("--threads", type=int, metavar="N", help="threads of each session's engine (default: its own choice)")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key clients must send")
     add("--timeout", type=float, default=300.0, metavar="S", help="most seconds for one answer (default 300)")
-    add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
+    add_engine(parser, "each session's engine")
     return parser
 
 
@@ -100,8 +98,7 @@ def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: a
     pool = SlotPool.open(artefact, args.sessions, args.engine, args.threads)
     try:
         app = make_app(pool, name, api_key=key, timeout=args.timeout)
-        if artefact.manifest.model.random_weights:
-            print("warning: this artefact has random weights: its text means nothing", file=sys.stderr)
+        warn_random_weights(artefact.manifest)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.files import replace_durably, sync
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -49,23 +50,6 @@ def publish(output: Path, name: str, keep: int) -> None:
     for path in complete(output)[:-keep]:
         os.rename(path, staging(output) / path.name)
     shutil.rmtree(staging(output), ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside, then renames."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
 
 
 def check_output(output: Path, resume: bool, force: bool, settings: dict[str, Any]) -> Path | None:
@@ -114,7 +98,8 @@ def prepare_output(output: Path, checkpoint: Path | None, settings: dict[str, An
             path = output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / RUN_FILE, json.dumps(settings, indent=2) + "\n")
+    text = json.dumps(settings, indent=2) + "\n"
+    replace_durably(output / RUN_FILE, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from trimkv_edge.errors import ModelError
+from trimkv_edge.files import replace_durably, sync
 from trimkv_edge.training.card import model_card
-from trimkv_edge.training.checkpoint import sync, write_text
 from trimkv_edge.training.config import TrainConfig
 from trimkv_edge.training.rows import Rows
 
@@ -78,7 +78,7 @@ def write_gates(
     for made, name in ((beside, GATES), (beside.with_suffix(".json"), INFO)):
         sync(made)
         os.replace(made, output / name)
-    write_text(output / CARD, model_card(info))
+    replace_durably(output / CARD, lambda beside: beside.write_text(model_card(info), encoding="utf-8"))
 
 
 def push_to_hub(output: Path, repo: str) -> str:
