@@ -7,10 +7,13 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from trimkv_edge.budget import check_fits
 from trimkv_edge.errors import ArtefactError, ConfigError, PositionLimitError, TrimKVError
@@ -23,6 +26,7 @@ from trimkv_edge.runtime.session import Session
 from trimkv_edge.runtime.streaming import StopStrings
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class BusyError(TrimKVError):
@@ -87,6 +91,23 @@ class Slot:
         self.used = 0
         self._artefact = artefact
         self._talk: Conversation | None = None
+        self._looks: SimpleQueue[tuple[Callable[[Session], Any], Future[Any]]] = SimpleQueue()
+
+    def look(self, make: Callable[[Session], T]) -> Future[T]:
+        """What ``make`` says of the session, asked between two tokens if it is answering."""
+        future: Future[T] = Future()
+        self._looks.put((make, future))
+        self.worker.submit(self._serve_looks)
+        return future
+
+    def _serve_looks(self) -> None:
+        with suppress(Empty):
+            while True:
+                make, future = self._looks.get_nowait()
+                try:
+                    future.set_result(make(self.session))
+                except Exception as error:
+                    future.set_exception(error)
 
     def answer(self, prompt: Prompt, answer: Answer, check: Callable[[], None]) -> Iterator[str]:
         """Reads what the cache lacks of the prompt, then gives the answer's text piece by piece.
@@ -102,11 +123,16 @@ class Slot:
             Whenever it does not come to its end the slot forgets its chat: the next request reads everything.
         """
         known, self.known = self.known, None
+
+        def between() -> None:
+            self._serve_looks()
+            check()
+
         tokens = self._new_tokens(prompt, known)
-        self.session.feed(tokens, lambda done, total: check())
+        self.session.feed(tokens, lambda done, total: between())
         answer.prompt_tokens = self.session.engine.seen
         answer.cached_tokens = answer.prompt_tokens - len(tokens)
-        for text in self._generate(prompt, answer, check):
+        for text in self._generate(prompt, answer, between):
             if text:
                 answer.text.append(text)
             yield text
@@ -185,7 +211,7 @@ class SlotPool:
         check_fits(memory_to_serve(artefact, sessions), f"serving {artefact.folder} with {sessions} sessions")
 
         def session() -> Session:
-            return Session.open(artefact, engine, threads, checkpoints=0, warn=_LOG.warning)
+            return Session.open(artefact, engine, threads, checkpoints=0, note_tokens=True, warn=_LOG.warning)
 
         return cls([Slot(artefact, session()) for _ in range(sessions)])
 
@@ -214,6 +240,11 @@ class SlotPool:
                 slot.known, slot.conversation = None, conversation
             slot.busy = True
             return slot
+
+    def find(self, conversation: str) -> Slot | None:
+        """The slot of a conversation, busy or not."""
+        with self._lock:
+            return next((slot for slot in self.slots if slot.conversation == conversation), None)
 
     def release(self, slot: Slot) -> None:
         """Gives a slot back."""
