@@ -104,15 +104,21 @@ class Sampler:
         sampler._random.bit_generator.state = {"bit_generator": "PCG64", "state": words, "has_uint32": 0, "uinteger": 0}
         return sampler
 
-    def sample(self, logits: npt.ArrayLike, seen: npt.NDArray[np.bool_] | None = None) -> int:
+    def sample(
+        self,
+        logits: npt.ArrayLike,
+        seen: npt.NDArray[np.bool_] | None = None,
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> int:
         """The next token.
 
         Args:
             logits: ``[vocab_size]``.
             seen: bool ``[vocab_size]``, tokens that the repetition penalty applies to.
+            allowed: bool ``[vocab_size]``, tokens to choose from; None: all.
 
         Raises:
-            StateError: the logits hold NaN or no finite value.
+            StateError: the logits hold NaN or no finite value, or nothing is allowed.
         """
         scores = np.array(logits, dtype=np.float64)
         best = float(scores.max())
@@ -120,6 +126,10 @@ class Sampler:
             raise StateError(f"the model's highest logit is {best}: the artefact or the engine is broken")
         if seen is not None and self.params.repetition_penalty != 1.0:
             scores = penalise(scores, seen, self.params.repetition_penalty)
+        if allowed is not None:
+            scores[~allowed] = -np.inf
+            if not np.isfinite(scores.max()):
+                raise StateError("no token is allowed to follow: the constraint leaves nothing to choose from")
         if self.params.temperature == 0.0:
             return int(scores.argmax())  # the first, that is lowest, of equal ones
         probabilities = filter_logits(scores, self.params)

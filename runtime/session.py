@@ -18,6 +18,7 @@ from trimkv_edge.engine import CacheState, Engine, FloatArray, IntArray
 from trimkv_edge.errors import ConfigError, PositionLimitError, SessionError, StateError
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.constraint import Constraint
 from trimkv_edge.runtime.engines import load_engine
 from trimkv_edge.runtime.interrupts import Uninterrupted
 from trimkv_edge.runtime.place import Checkpoints, Place
@@ -101,9 +102,23 @@ class Session:
         warn: Callable[[str], None] = warnings.warn,
     ) -> Session:
         """A session on an engine of ``artefact``; see :func:`~trimkv_edge.runtime.engines.load_engine`."""
+        loaded = load_engine(artefact, engine, threads, profile=profile)
+        return cls.over(loaded, artefact, checkpoints=checkpoints, note_tokens=note_tokens, warn=warn)
+
+    @classmethod
+    def over(
+        cls,
+        engine: Engine,
+        artefact: Artefact,
+        *,
+        checkpoints: int = _CHECKPOINTS,
+        note_tokens: bool = False,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> Session:
+        """A session on ``engine``, which was loaded from ``artefact``."""
         manifest = artefact.manifest
         return cls(
-            load_engine(artefact, engine, threads, profile=profile),
+            engine,
             artefact.tokenizer,
             trained_positions=manifest.model.max_position_embeddings,
             limit_hint=_SHORT_FACTORS if manifest.rope.variant == "short" else "",
@@ -342,6 +357,7 @@ class Session:
         sampling: SamplingParams | Sampler = _GREEDY,
         stop_ids: Collection[int] = (),
         stop_strings: Sequence[str] = (),
+        constraint: Constraint | None = None,
     ) -> Iterator[Piece]:
         """Continues the stream, one :class:`Piece` per token.
 
@@ -352,6 +368,7 @@ class Session:
             stop_ids: tokens that end the generation. The one met is given as a piece, and its own text is left out.
             stop_strings: text that ends it, wherever tokens divide it. The text is cut before it; the tokens that
                 made it stay in the stream.
+            constraint: which tokens may follow which; new for each generation.
 
         Raises:
             ConfigError: at the call: nothing was fed, a setting is out of range, or stop strings without a tokenizer.
@@ -365,9 +382,11 @@ class Session:
         context = [*self._newest] if self._pending is None else [*self._newest, self._pending]
         text = TextStream(self.tokenizer, stop_strings, context)
         self._sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
-        return self._generate(max_new_tokens, self._sampler, frozenset(stop_ids), text)
+        return self._generate(max_new_tokens, self._sampler, frozenset(stop_ids), text, constraint)
 
-    def _generate(self, count: int, sampler: Sampler, stop_ids: frozenset[int], text: TextStream) -> Iterator[Piece]:
+    def _generate(
+        self, count: int, sampler: Sampler, stop_ids: frozenset[int], text: TextStream, constraint: Constraint | None
+    ) -> Iterator[Piece]:
         for left in reversed(range(count)):
             started = perf_counter()
             if self._pending is not None:
@@ -376,7 +395,10 @@ class Session:
                 self._decoded += 1
                 self._decode_s += perf_counter() - started
             assert self._logits is not None  # generate() checked it
-            token = sampler.sample(self._logits, self._seen_tokens)
+            allowed = None if constraint is None else constraint.allowed()
+            token = sampler.sample(self._logits, self._seen_tokens, allowed)
+            if constraint is not None:
+                constraint.accept(token)
             self._pending = token
             self._new_tokens += 1
             stop = token in stop_ids

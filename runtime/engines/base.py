@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
+from typing import Self
 
 from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ArtefactError, ConfigError
@@ -22,10 +23,13 @@ class ArtefactEngine(Engine):
 
     Attributes:
         threads: as given, or what the engine chose; None if it does not say.
+        shares_model: engines made by :meth:`another` have only the cache for themselves.
 
     Raises:
         ConfigError: threads below 1.
     """
+
+    shares_model = False
 
     def __init__(
         self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, profile: bool = False
@@ -43,7 +47,13 @@ class ArtefactEngine(Engine):
             raise ConfigError(f"threads is {threads}, but must be at least 1")
         self.threads = threads
         self._profiled = profile
-        self._folder, self._target = folder, target
+        self._folder, self._manifest, self._target = folder, manifest, target
+        self._wanted_threads = threads
+
+    def another(self) -> Self:
+        """An engine of the same model and settings with an empty cache of its own. Engines that cannot share a loaded
+        model load it again."""
+        return type(self)(self._folder, self._manifest, self._target, self._wanted_threads)
 
     def profile_rows(self) -> list[OperatorTime]:
         """Operators of all forward passes so far, the slowest first; ends the profile.

@@ -6,8 +6,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,7 @@ class OnnxEngine(ArtefactEngine):
     """
 
     name = "onnx"
+    shares_model = True
 
     def __init__(
         self,
@@ -81,15 +83,26 @@ class OnnxEngine(ArtefactEngine):
         self.threads = threads or _physical_cores()
         self._decoder = self._load("decoder", self.threads)
         self._evictor = self._load("evict", self.threads)
-        self._position, self._live_length, self._seen = (np.zeros(1, np.int64) for _ in range(3))
         self._scales = self._load_scales()
+        self._open_cache()
+        self._check_inputs(self._file("decoder"), self._decoder, self._decoder_state())
+        self._check_inputs(self._file("evict"), self._evictor, self._evict_state())
+
+    def another(self) -> Self:
+        """An engine over the same sessions of ONNX Runtime, which any thread may use; only the cache is its own."""
+        made = copy(self)
+        made._open_cache()
+        made.reset()
+        return made
+
+    def _open_cache(self) -> None:
+        """All that belongs to one stream."""
+        self._position, self._live_length, self._seen = (np.zeros(1, np.int64) for _ in range(3))
         self._arrays = self._allocate()
-        self._spare = {} if aliased else self._allocate()
+        self._spare = {} if self._aliased else self._allocate()
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._chunks: dict[int, Array] = {}
         self._bindings: dict[int, Any] = {}
-        self._check_inputs(self._file("decoder"), self._decoder, self._decoder_state())
-        self._check_inputs(self._file("evict"), self._evictor, self._evict_state())
         self._reset()
 
     def _allocate(self) -> dict[str, Array]:

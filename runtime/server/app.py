@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, NamedTuple
-from uuid import uuid4
+from collections.abc import AsyncIterator
+from typing import Annotated
 
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,54 +14,44 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.runtime.server.errors import KeyGuard, body_of, error_body, error_response, status_of
+from trimkv_edge.runtime.constraint import Constraint, Grammars
+from trimkv_edge.runtime.server.errors import body_of, error_body, error_response, status_of
+from trimkv_edge.runtime.server.guards import BodyLimit, KeyGuard, LocalGuard
 from trimkv_edge.runtime.server.metrics import Metrics
-from trimkv_edge.runtime.server.pool import Answer, Prompt, SlotPool
+from trimkv_edge.runtime.server.pool import SlotPool
+from trimkv_edge.runtime.server.prompt import Part, Prompt
 from trimkv_edge.runtime.server.requests import ChatRequest, CompletionRequest, explain
 from trimkv_edge.runtime.server.task import Task
+from trimkv_edge.runtime.server.waiting import Client, Line
+from trimkv_edge.runtime.server.wording import Json, Wording, event
 
 _LOG = logging.getLogger(__name__)
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {_CHAT: ChatRequest, _TEXT: CompletionRequest}
 
-Json = dict[str, Any]
 
-
-class _Form(NamedTuple):
-    """How an endpoint words answers: prefix of ids, names of objects, and what a choice holds."""
-
-    prefix: str
-    whole: str
-    part: str
-    first: Json | None  # opens a stream
-    choice: Callable[[str], Json]
-    delta: Callable[[str], Json]
-
-
-_CHAT_FORM = _Form(
-    "chatcmpl-",
-    "chat.completion",
-    "chat.completion.chunk",
-    {"delta": {"role": "assistant", "content": ""}},
-    lambda text: {"message": {"role": "assistant", "content": text}},
-    lambda text: {"delta": {"content": text} if text else {}},
-)
-_TEXT_FORM = _Form(
-    "cmpl-", "text_completion", "text_completion", None, lambda text: {"text": text}, lambda text: {"text": text}
-)
-
-
-def make_app(pool: SlotPool, model: str, *, api_key: str | None = None, timeout: float = 300.0) -> FastAPI:
+def make_app(
+    pool: SlotPool,
+    model: str,
+    *,
+    grammars: Grammars | None = None,
+    api_key: str | None = None,
+    timeout: float = 300.0,
+    waiting: int = 64,
+) -> FastAPI:
     """The application.
 
     Args:
         pool: the sessions; who made it closes it.
         model: the name that requests must give.
-        api_key: bearer token, asked for everywhere but at ``/healthz``; None: open to all who can connect.
-        timeout: most seconds for one answer.
+        grammars: for answers that follow a schema; None: such requests are refused.
+        api_key: bearer token, asked for everywhere but where nothing is told; None: open to all programs that can
+            connect, but not to web pages of other sites.
+        timeout: most seconds for one answer, waiting included.
+        waiting: most requests that wait for a session.
 
     Raises:
-        ConfigError: ``timeout`` is not above 0, or the key is empty.
+        ConfigError: ``timeout`` is not above 0, ``waiting`` is below 0, or the key is empty.
     """
     if not timeout > 0:
         raise ConfigError(f"timeout is {timeout}, but must be above 0 seconds")
@@ -71,8 +59,11 @@ def make_app(pool: SlotPool, model: str, *, api_key: str | None = None, timeout:
         raise ConfigError("the API key is empty: give at least one character")
     # Its documentation pages would load scripts from elsewhere.
     app = FastAPI(title="trimkv-serve", docs_url=None, redoc_url=None)
-    server = _Server(pool, model, timeout)
-    if api_key is not None:
+    server = _Server(pool, model, grammars, timeout, waiting)
+    app.add_middleware(BodyLimit)
+    if api_key is None:
+        app.add_middleware(LocalGuard)
+    else:
         app.add_middleware(KeyGuard, key=api_key)
     app.add_exception_handler(RequestValidationError, server.invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -86,14 +77,20 @@ def make_app(pool: SlotPool, model: str, *, api_key: str | None = None, timeout:
 
 
 class _Server:
-    def __init__(self, pool: SlotPool, model: str, timeout: float) -> None:
-        self._pool, self._model, self._timeout = pool, model, timeout
+    def __init__(self, pool: SlotPool, model: str, grammars: Grammars | None, timeout: float, waiting: int) -> None:
+        self._pool, self._model, self._grammars, self._timeout = pool, model, grammars, timeout
         self._created = int(time.time())
-        self._metrics = Metrics(pool)
+        self._line = Line(pool, waiting)
+        self._metrics = Metrics(pool, self._line)
         self._watchers: set[asyncio.Task[None]] = set()
 
     async def health(self) -> Json:
-        return {"status": "ok", "sessions": len(self._pool.slots), "busy": self._pool.busy}
+        return {
+            "status": "ok",
+            "sessions": len(self._pool.slots),
+            "busy": self._pool.busy,
+            "waiting": len(self._line),
+        }
 
     async def show_metrics(self) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
@@ -107,13 +104,10 @@ class _Server:
     async def chat(
         self, request: Request, body: ChatRequest, x_conversation_id: Annotated[str | None, Header()] = None
     ) -> Response:
-        name = body.conversation or x_conversation_id or None
-        prompt = Prompt(body.sampling(), body.count, body.stops, body.messages)
-        return await self._reply(request, body, prompt, _CHAT_FORM, name)
+        return await self._reply(request, body, body.conversation or x_conversation_id or None)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
-        prompt = Prompt(body.sampling(), body.count, body.stops, text=body.prompt)
-        return await self._reply(request, body, prompt, _TEXT_FORM)
+        return await self._reply(request, body, None)
 
     async def invalid(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -131,52 +125,67 @@ class _Server:
         return JSONResponse(body_of(message, 404, "model_not_found", "model"), 404)
 
     async def _reply(
-        self,
-        request: Request,
-        body: ChatRequest | CompletionRequest,
-        prompt: Prompt,
-        form: _Form,
-        conversation: str | None = None,
+        self, request: Request, body: ChatRequest | CompletionRequest, conversation: str | None
     ) -> Response:
         if unknown := self._unknown(body.model):
             self._metrics.count("404")
             return unknown
+        deadline = time.monotonic() + self._timeout
+        client = self._watch(request, body.user or conversation)
         try:
-            task = Task(self._pool, self._pool.claim(conversation, prompt.earlier), prompt, self._timeout)
+            prompt = await self._prompt(body)
+            slot = await self._line.claim(client, conversation, prompt.earlier, deadline - time.monotonic())
+            task = Task(self._pool, slot, prompt, deadline)
         except Exception as error:
-            return self._failed(error)
-        self._watch(request, task)
-        pieces = self._counted(task)
+            self._metrics.count(str(self._status(error)))
+            return error_response(error)
+        client.when_gone(task.stop)
+        wording = Wording(isinstance(body, ChatRequest), self._model, int(time.time()), prompt.logprobs is not None)
+        parts = self._counted(task)
         try:
             # Failures before the first token have a status of their own, also in a stream.
-            first = await anext(pieces)
+            first = await anext(parts)
             if body.stream:
                 usage = body.stream_options is not None and body.stream_options.include_usage
-                return StreamingResponse(self._events(first, pieces, task, form, usage), media_type="text/event-stream")
-            async for _ in pieces:
+                events = _events(first, parts, task, wording, usage)
+                return StreamingResponse(events, media_type="text/event-stream")
+            async for _ in parts:
                 pass
         except Exception as error:
             return error_response(error)
-        answer = task.answer
-        choice = form.choice("".join(answer.text)) | {"index": 0, "logprobs": None, "finish_reason": answer.finish}
-        return JSONResponse(self._head(form.prefix, form.whole) | {"choices": [choice], "usage": _usage(answer)})
+        return JSONResponse(wording.whole(task.answer))
 
-    def _watch(self, request: Request, task: Task) -> None:
+    async def _prompt(self, body: ChatRequest | CompletionRequest) -> Prompt:
+        sampling, count, stops = body.sampling(), body.count, body.stops
+        if isinstance(body, CompletionRequest):
+            return Prompt(sampling, count, stops, text=body.prompt, logprobs=body.logprobs)
+        constraint: Constraint | None = None
+        if body.schema_wanted is not None:
+            if self._grammars is None:
+                raise ConfigError("response_format: this server cannot hold answers to a schema: leave it out")
+            # Large schemas take a moment.
+            constraint = await asyncio.to_thread(self._grammars.of_schema, body.schema_wanted)
+        return Prompt(sampling, count, stops, body.messages, logprobs=body.alternatives, constraint=constraint)
+
+    def _watch(self, request: Request, name: str | None) -> Client:
+        client = Client(name or (request.client.host if request.client else ""))
+
         async def watch() -> None:
             # Comes at the end of every request; then there is nothing left to stop.
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            task.stop()
+            client.leave()
 
         watcher = asyncio.create_task(watch())
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
+        return client
 
-    async def _counted(self, task: Task) -> AsyncIterator[str]:
+    async def _counted(self, task: Task) -> AsyncIterator[Part]:
         outcome = "stopped"
         try:
-            async for text in task.pieces():
-                yield text
+            async for part in task.parts():
+                yield part
             outcome = "ok"
         except Exception as error:
             outcome = str(self._status(error))
@@ -185,43 +194,27 @@ class _Server:
             task.stop()
             self._metrics.count(outcome, task.answer)
 
-    def _failed(self, error: Exception) -> Response:
-        self._metrics.count(str(self._status(error)))
-        return error_response(error)
-
     def _status(self, error: Exception) -> int:
         status, _ = status_of(error)
         if status == 500:
             _LOG.error("a request failed", exc_info=error)
         return status
 
-    async def _events(
-        self, first: str, pieces: AsyncIterator[str], task: Task, form: _Form, usage: bool
-    ) -> AsyncIterator[str]:
-        head = self._head(form.prefix, form.part)
 
-        def event(choice: Json, finish: str | None = None) -> str:
-            return _event(head | {"choices": [{"index": 0, "logprobs": None, **choice, "finish_reason": finish}]})
-
-        try:
-            if form.first is not None:
-                yield event(form.first)
-            if first:
-                yield event(form.delta(first))
-            async for text in pieces:
-                if text:
-                    yield event(form.delta(text))
-            yield event(form.delta(""), task.answer.finish)
-            if usage:
-                yield _event(head | {"choices": [], "usage": _usage(task.answer)})
-            yield "data: [DONE]\n\n"
-        except Exception as error:
-            yield _event(error_body(error))
-        finally:
-            task.stop()
-
-    def _head(self, prefix: str, kind: str) -> Json:
-        return {"id": prefix + uuid4().hex, "object": kind, "created": int(time.time()), "model": self._model}
+async def _events(
+    first: Part, parts: AsyncIterator[Part], task: Task, wording: Wording, usage: bool
+) -> AsyncIterator[str]:
+    stream = wording.stream()
+    try:
+        yield stream.opening() + stream.part(first)
+        async for part in parts:
+            if said := stream.part(part):
+                yield said
+        yield stream.closing(task.answer, usage)
+    except Exception as error:
+        yield event(error_body(error))
+    finally:
+        task.stop()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -229,16 +222,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     paths = f"/v1/models, {_CHAT}, {_TEXT}, /healthz, /metrics"
     message = f"{request.method} {request.url.path}: {error.detail}; there are {paths}"
     return JSONResponse(body_of(message, error.status_code), error.status_code, error.headers)
-
-
-def _usage(answer: Answer) -> Json:
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-    }
-
-
-def _event(body: Json) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

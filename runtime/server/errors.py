@@ -1,18 +1,15 @@
-"""Errors in OpenAI's form, and the key that keeps others out."""
+"""Errors in OpenAI's form."""
 
 from __future__ import annotations
 
-import hmac
 from typing import Any
 
 from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimkv_edge.errors import ArtefactError, ConfigError, PositionLimitError
 from trimkv_edge.runtime.server.pool import BusyError
-from trimkv_edge.runtime.server.task import DeadlineError, StoppedError
+from trimkv_edge.runtime.server.waiting import DeadlineError, StoppedError
 
-_RETRY_S = "1"
 _KNOWN: tuple[tuple[type[Exception], int, str], ...] = (
     (BusyError, 503, "busy"),
     (DeadlineError, 504, "timeout"),
@@ -43,27 +40,5 @@ def error_body(error: BaseException) -> dict[str, Any]:
 def error_response(error: BaseException) -> JSONResponse:
     """The answer to a request that failed."""
     status, _ = status_of(error)
-    headers = {"Retry-After": _RETRY_S} if status == 503 else None
+    headers = {"Retry-After": str(error.retry_s)} if isinstance(error, BusyError) else None
     return JSONResponse(error_body(error), status, headers)
-
-
-class KeyGuard:
-    """Lets nobody in without the key, except to ``/healthz``; looks at nothing but the headers.
-
-    Args:
-        app: what is guarded.
-        key: the bearer token.
-    """
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._want = app, b"Bearer " + key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/healthz":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._want):
-                message = "the API key is missing or wrong: send the header Authorization: Bearer KEY"
-                response = JSONResponse(body_of(message, 401, "invalid_api_key"), 401)
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

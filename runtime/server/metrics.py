@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from trimkv_edge.runtime.server.pool import Answer, SlotPool
+from trimkv_edge.runtime.server.pool import SlotPool
+from trimkv_edge.runtime.server.prompt import Answer
+from trimkv_edge.runtime.server.waiting import Line
 
 
 class Metrics:
     """Counters of one server."""
 
-    def __init__(self, pool: SlotPool) -> None:
+    def __init__(self, pool: SlotPool, line: Line) -> None:
         self._registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
@@ -23,6 +25,8 @@ class Metrics:
         Gauge("trimkv_sessions", "Sessions", registry=self._registry).set(len(pool.slots))
         busy = Gauge("trimkv_sessions_busy", "Sessions that are answering", registry=self._registry)
         busy.set_function(lambda: pool.busy)
+        waiting = Gauge("trimkv_requests_waiting", "Requests that wait for a session", registry=self._registry)
+        waiting.set_function(lambda: len(line))
 
     def count(self, outcome: str, answer: Answer | None = None) -> None:
         """Notes the end of a request: ``ok``, ``stopped``, or an HTTP status."""

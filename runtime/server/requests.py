@@ -29,8 +29,13 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One message of a chat."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+
+    @property
+    def said_by(self) -> str:
+        """The role as templates name it: "developer" is a newer word for "system"."""
+        return "system" if self.role == "developer" else self.role
 
     @property
     def text(self) -> str:
@@ -44,10 +49,35 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class ResponseFormat(_Strict):
-    """Plain text only."""
+class TextFormat(_Strict):
+    """Any text."""
 
     type: Literal["text"]
+
+
+class JsonObjectFormat(_Strict):
+    """Some JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(_Strict):
+    """``schema`` is always kept to, so ``strict`` may say what it likes."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    wanted: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(_Strict):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class _Generation(_Strict):
@@ -64,6 +94,7 @@ class _Generation(_Strict):
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     frequency_penalty: Off | None = None
     presence_penalty: Off | None = None
+    user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> _Generation:
@@ -92,7 +123,8 @@ class ChatRequest(_Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     conversation: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
@@ -103,7 +135,21 @@ class ChatRequest(_Generation):
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise ValueError(f"max_tokens and max_completion_tokens differ {both}: send one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: send logprobs=true, or leave it out")
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """Likely tokens to name beside each token; None: no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def schema_wanted(self) -> Mapping[str, Any] | None:
+        """JSON schema that the answer has to follow."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.wanted
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
 
     @property
     def count(self) -> int:
@@ -116,6 +162,7 @@ class CompletionRequest(_Generation):
 
     prompt: Text
     max_tokens: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def count(self) -> int:
@@ -127,7 +174,8 @@ _ALLOWED: dict[str, type[BaseModel]] = {
     "messages": Message,
     "content": TextPart,
     "stream_options": StreamOptions,
-    "response_format": ResponseFormat,
+    "json_schema": JsonSchema,
+    "response_format": JsonSchemaFormat,
 }
 
 
@@ -145,7 +193,8 @@ def explain(error: Mapping[str, Any], model: type[BaseModel]) -> tuple[str, str 
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         owner = next((_ALLOWED[str(part)] for part in reversed(place[:-1]) if str(part) in _ALLOWED), model)
-        return f"{name} is not supported: leave it out; allowed are {', '.join(owner.model_fields)}", name
+        allowed = ", ".join(field.alias or key for key, field in owner.model_fields.items())
+        return f"{name} is not supported: leave it out; allowed are {allowed}", name
     if name is None:
         return message, None
     if error["type"] == "missing":

@@ -8,36 +8,29 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from time import monotonic
 
-from trimkv_edge.errors import TrimKVError
-from trimkv_edge.runtime.server.pool import Answer, Prompt, Slot, SlotPool
-
-
-class DeadlineError(TrimKVError):
-    """An answer took longer than the server allows."""
-
-
-class StoppedError(TrimKVError):
-    """Who asked is gone."""
+from trimkv_edge.runtime.server.pool import SlotPool
+from trimkv_edge.runtime.server.prompt import Answer, Part, Prompt
+from trimkv_edge.runtime.server.slot import Slot
+from trimkv_edge.runtime.server.waiting import DeadlineError, StoppedError
 
 
 class Task:
-    """Starts at once. The slot is free again when the thread is done, whether or not anybody takes the pieces.
+    """Starts at once. The slot is free again when the thread is done, whether or not anybody takes the parts.
 
     Args:
         pool: where ``slot`` was claimed.
         slot: belongs to this task from now on.
         prompt: what to answer.
-        timeout: most seconds for reading and answering.
+        deadline: of ``time.monotonic()``.
     """
 
-    def __init__(self, pool: SlotPool, slot: Slot, prompt: Prompt, timeout: float) -> None:
+    def __init__(self, pool: SlotPool, slot: Slot, prompt: Prompt, deadline: float) -> None:
         self.answer = Answer()
         self.error: BaseException | None = None
-        self._pool, self._slot, self._prompt, self._timeout = pool, slot, prompt, timeout
-        self._deadline = monotonic() + timeout
+        self._pool, self._slot, self._prompt, self._deadline = pool, slot, prompt, deadline
         self._stopped = threading.Event()
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[str | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Part | None] = asyncio.Queue()
         try:
             slot.worker.submit(self._run)
         except BaseException:
@@ -48,16 +41,16 @@ class Task:
         """Ends the work before the next chunk or token."""
         self._stopped.set()
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text as it comes; leaving it stops the work.
+    async def parts(self) -> AsyncIterator[Part]:
+        """The answer as it comes; leaving it stops the work.
 
         Raises:
             DeadlineError: the time is over.
             TrimKVError: what :meth:`Slot.answer` raises.
         """
         try:
-            while (text := await self._queue.get()) is not None:
-                yield text
+            while (part := await self._queue.get()) is not None:
+                yield part
             if self.error is not None:
                 raise self.error
         finally:
@@ -65,8 +58,8 @@ class Task:
 
     def _run(self) -> None:
         try:
-            for text in self._slot.answer(self._prompt, self.answer, self._check):
-                self._send(text)
+            for part in self._slot.answer(self._prompt, self.answer, self._check):
+                self._send(part)
         except BaseException as error:
             self.error = error
         finally:
@@ -78,8 +71,8 @@ class Task:
         if self._stopped.is_set():
             raise StoppedError("the client went away")
         if monotonic() > self._deadline:
-            raise DeadlineError(f"the answer took longer than {self._timeout:g} s: ask for fewer tokens")
+            raise DeadlineError("the answer took longer than the server allows (--timeout): ask for fewer tokens")
 
-    def _send(self, text: str | None) -> None:
+    def _send(self, part: Part | None) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, text)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, part)

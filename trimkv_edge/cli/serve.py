@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from trimkv_edge.errors import ConfigError, TrimKVError
 
 if TYPE_CHECKING:
     from trimkv_edge.runtime.artefact import Artefact
+    from trimkv_edge.runtime.constraint import Grammars
 
 _GRACE_S = 5
 
@@ -35,8 +35,11 @@ examples:
       print(part.choices[0].delta.content or "", end="")
 
 The model's name is the artefact's folder name. A conversation keeps its session, so that its next turn reads only the
-new message; send the whole list of messages as usual. When all sessions are answering, requests get 503 with
-Retry-After. What is not supported is refused with 400. /healthz and /metrics tell how it is.
+new message; send the whole list of messages as usual. When all sessions are answering, --waiting requests wait, and
+more get 503 with Retry-After. With --state-dir, chats that no session has room for, and all of them at the end, are
+saved and go on from there. A turn that was broken off or is asked again makes the whole chat be read again, unless
+--undo keeps the place where it began, which may cost a copy of the cache for each. What is not supported is refused
+with 400. http://127.0.0.1:8000/ is a page for people; /healthz and /metrics tell how the server is.
 
 exit codes: 0 ended by SIGTERM, 130 by Ctrl-C, 2 wrong input, port in use or not enough memory
 """
@@ -54,7 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1); others need --api-key-env")
     add("--port", type=int, default=8000, help="port (default 8000; 0: any free one)")
-    add("--sessions", type=int, default=4, metavar="N", help="answers at the same time (default 4); each costs memory")
+    add("--sessions", type=int, default=4, metavar="N", help="chats held in memory (default 4); each costs a cache")
+    add("--waiting", type=int, default=64, metavar="N", help="requests that may wait for a session (default 64)")
+    add(
+        "--undo",
+        type=int,
+        default=0,
+        metavar="K",
+        help="turns of a chat that can be asked again (default 0); see below",
+    )
+    add("--state-dir", type=Path, metavar="DIR", help="folder for chats that no session holds (default: forget them)")
+    add("--saved", type=int, default=64, metavar="N", help="most chats in --state-dir (default 64); the oldest go")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key clients must send")
     add("--timeout", type=float, default=300.0, metavar="S", help="most seconds for one answer (default 300)")
     add_engine(parser, "each session's engine")
@@ -71,8 +84,6 @@ def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.artefact import Artefact
 
     key = _key(args.api_key_env)
-    if key is None and not _is_loopback(args.host):
-        raise ConfigError(f"--host {args.host} lets other machines in: give --api-key-env NAME, or use 127.0.0.1")
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port is {args.port}, but must be from 0 to 65535")
     try:
@@ -81,6 +92,10 @@ def _run(args: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise TrimKVError(f"trimkv-serve needs a package ({error}): pip install 'trimkv-edge[serve]'") from error
+    from trimkv_edge.runtime.server.guards import is_loopback
+
+    if key is None and not is_loopback(args.host):
+        raise ConfigError(f"--host {args.host} lets other machines in: give --api-key-env NAME, or use 127.0.0.1")
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family) as listener:
         _serve(Artefact.load(args.artefact, verify=not args.no_verify), listener, key, args)
@@ -91,13 +106,14 @@ def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: a
 
     from trimkv_edge.runtime.server.app import make_app
     from trimkv_edge.runtime.server.pool import SlotPool
+    from trimkv_edge.runtime.server.store import Store
 
-    if artefact.tokenizer is None:
-        raise TrimKVError(f"{artefact.folder} has no tokenizer (random weights have none): there is no text to serve")
     name = artefact.folder.resolve().name
-    pool = SlotPool.open(artefact, args.sessions, args.engine, args.threads)
+    grammars = _grammars(artefact)
+    store = None if args.state_dir is None else Store(args.state_dir, args.saved)
+    pool = SlotPool.open(artefact, args.sessions, args.engine, args.threads, undo=args.undo, store=store)
     try:
-        app = make_app(pool, name, api_key=key, timeout=args.timeout)
+        app = make_app(pool, name, grammars=grammars, api_key=key, timeout=args.timeout, waiting=args.waiting)
         warn_random_weights(artefact.manifest)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
         host = f"[{args.host}]" if ":" in args.host else args.host
@@ -113,6 +129,16 @@ def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: a
         pool.close()
 
 
+def _grammars(artefact: Artefact) -> Grammars | None:
+    from trimkv_edge.runtime.constraint import Grammars
+
+    try:
+        return Grammars(artefact)
+    except TrimKVError as error:
+        print(f"warning: no JSON output: {error}", file=sys.stderr, flush=True)
+        return None
+
+
 def _key(name: str | None) -> str | None:
     if name is None:
         return None
@@ -120,13 +146,6 @@ def _key(name: str | None) -> str | None:
     if not key:
         raise ConfigError(f"--api-key-env {name}: this environment variable is not set or empty")
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

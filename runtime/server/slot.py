@@ -1,0 +1,218 @@
+"""One session of the server: its thread, and the chat that its cache holds."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from trimkv_edge.errors import ArtefactError, PositionLimitError, SessionError
+from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.chat import render_chat
+from trimkv_edge.runtime.conversation import Conversation
+from trimkv_edge.runtime.server.gate import Turns
+from trimkv_edge.runtime.server.prompt import Answer, Part, Prompt, digest
+from trimkv_edge.runtime.server.requests import Message
+from trimkv_edge.runtime.server.scores import score
+from trimkv_edge.runtime.server.store import Chat, Store
+from trimkv_edge.runtime.session import Session
+from trimkv_edge.runtime.streaming import StopStrings
+from trimkv_edge.runtime.tokenizer import TextTokenizer
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Slot:
+    """A session and its thread.
+
+    Args:
+        artefact: with a tokenizer.
+        session: of its own.
+        turns: shared by all slots.
+        store: where a chat goes when the slot is given to another one; None: nowhere.
+        undo: checkpoints that the session keeps: with one, a turn that breaks off or is asked again does not make the
+            chat be read again.
+
+    Attributes:
+        conversation: id of the chat that the slot was last given to, if the client gave one.
+        chat: what the cache holds; None: nothing that can go on.
+    """
+
+    def __init__(
+        self,
+        artefact: Artefact,
+        session: Session,
+        turns: Turns | None = None,
+        store: Store | None = None,
+        undo: int = 0,
+    ) -> None:
+        if artefact.tokenizer is None:
+            raise ArtefactError(f"{artefact.folder} has no tokenizer (random weights have none): there is no text")
+        self.session = session
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="trimkv-slot")
+        self.conversation: str | None = None
+        self.chat: Chat | None = None
+        self.busy = False
+        self.used = 0
+        self.claimed = 0.0
+        self._artefact, self._tokenizer = artefact, artefact.tokenizer
+        self._turns, self._store = turns or Turns(), store
+        # Digests of the messages at the session's checkpoints.
+        self._marks: deque[str] = deque(maxlen=undo)
+        self._looks: SimpleQueue[tuple[Callable[[Session], Any], Future[Any]]] = SimpleQueue()
+
+    def look(self, make: Callable[[Session], T]) -> Future[T]:
+        """What ``make`` says of the session, asked between two tokens if it is answering."""
+        future: Future[T] = Future()
+        self._looks.put((make, future))
+        self.worker.submit(self._serve_looks)
+        return future
+
+    def _serve_looks(self) -> None:
+        with suppress(Empty):
+            while True:
+                make, future = self._looks.get_nowait()
+                try:
+                    future.set_result(make(self.session))
+                except Exception as error:
+                    future.set_exception(error)
+
+    def answer(self, prompt: Prompt, answer: Answer, check: Callable[[], None]) -> Iterator[Part]:
+        """Reads what the cache lacks of the prompt, then gives the answer part by part.
+
+        Args:
+            prompt: the request.
+            answer: filled in on the way.
+            check: called before each chunk and each token; what it raises ends the answer.
+
+        Raises:
+            PositionLimitError: the prompt does not fit before the last position.
+            ArtefactError: there is no template, or it refuses the messages.
+            Whenever it does not come to its end the session goes back to where it was, if it has a checkpoint;
+            otherwise the chat is forgotten and the next request reads everything.
+        """
+
+        def between() -> None:
+            self._serve_looks()
+            self._turns.pass_on()
+            check()
+
+        with self._turns:
+            tokens, goes_on = self._new_tokens(prompt)
+            try:
+                self.session.feed(tokens, lambda done, total: between())
+                answer.prompt_tokens = self.session.engine.seen
+                answer.cached_tokens = answer.prompt_tokens - len(tokens)
+                for part in self._generate(prompt, answer, between):
+                    answer.parts.append(part)
+                    yield part
+            except BaseException:
+                if goes_on and self._marks:
+                    with suppress(SessionError):
+                        self.chat = Chat(self.conversation, self._go_back())
+                raise
+        if prompt.messages:
+            said = Message(role="assistant", content=answer.text)
+            self.chat = Chat(self.conversation, digest([*prompt.messages, said]))
+
+    def save(self) -> None:
+        """Puts the chat into the store, if there are both."""
+        if self._store is not None and self.chat is not None:
+            self._store.save(self.session, self.chat)
+
+    def _generate(self, prompt: Prompt, answer: Answer, between: Callable[[], None]) -> Iterator[Part]:
+        info = self._artefact.manifest.tokenizer
+        stop_ids = [] if info is None else info.eos_token_ids
+        stops = StopStrings(prompt.stops)
+        pieces = self.session.generate(prompt.max_tokens, prompt.sampling, stop_ids, constraint=prompt.constraint)
+        try:
+            for piece in pieces:
+                answer.completion_tokens += 1
+                text = stops.push(piece.text)
+                ended = piece.token in stop_ids
+                if stops.stopped or ended:
+                    answer.finish = "stop"
+                yield Part(text, self._scores(prompt, piece.token, ended))
+                if answer.finish == "stop":
+                    break
+                between()
+        except PositionLimitError:
+            pass  # the answer was given until here, as with any other limit of its length
+        yield Part(stops.flush())
+
+    def _scores(self, prompt: Prompt, token: int, ended: bool) -> tuple[Any, ...]:
+        if prompt.logprobs is None or ended:
+            return ()
+        logits = self.session.logits
+        assert logits is not None  # the token was drawn from them
+        return (score(logits, token, prompt.logprobs, lambda index: token_text(self._tokenizer, index)),)
+
+    def _new_tokens(self, prompt: Prompt) -> tuple[list[int], bool]:
+        """What the cache lacks, and whether it goes on from a checkpoint."""
+        held, self.chat = self.chat, None
+        if held is not None and not self._is_own(held, prompt):
+            if self._store is not None:
+                self._store.save(self.session, held)
+            held = None
+        if prompt.text is not None:
+            self._start()
+            return self._tokenizer.encode(prompt.text), False
+        *earlier, last = prompt.messages
+        if earlier and self._stands_behind(held, prompt):
+            talk = self._conversation(prompt)
+            talk.resume(1)  # for what is asked next, some turn was before
+            try:
+                tokens = talk.tokens_of(last.text)
+            except ArtefactError as error:
+                _LOG.info("the whole chat is read again: %s", error)
+            else:
+                self.session.checkpoint()
+                self._marks.append(str(prompt.earlier))
+                return tokens, True
+        self._start()
+        self._conversation(prompt)  # refuses artefacts that cannot chat
+        said = [{"role": message.said_by, "content": message.text} for message in prompt.messages]
+        text = render_chat(self._artefact.chat_template or "", said, self._artefact.special_tokens())
+        return self._tokenizer.encode(text, add_special_tokens=False), False
+
+    def _is_own(self, held: Chat, prompt: Prompt) -> bool:
+        """Whether the cache's chat is the one that is to go on; without an id only its messages can tell."""
+        if self.conversation is None and held.known != prompt.earlier:
+            return False
+        return prompt.text is None and held.conversation == self.conversation
+
+    def _stands_behind(self, held: Chat | None, prompt: Prompt) -> bool:
+        """Brings the session behind all messages but the newest, if it or the store knows that place."""
+        wanted = Chat(self.conversation, str(prompt.earlier))
+        if held == wanted:
+            return True
+        if held is not None and wanted.known in self._marks:
+            # A turn is asked again, or was changed: back to where it began.
+            with suppress(SessionError):
+                self._go_back(len(self._marks) - self._marks.index(wanted.known))
+                return True
+        self._marks.clear()
+        return self._store is not None and self._store.load(self.session, wanted)
+
+    def _go_back(self, turns: int = 1) -> str:
+        """Returns the digest of the messages that the cache holds then."""
+        self.session.rewind(turns)
+        return [self._marks.pop() for _ in range(turns)][-1]
+
+    def _conversation(self, prompt: Prompt) -> Conversation:
+        first = prompt.messages[0]
+        return Conversation.open(self._artefact, self.session, first.text if first.said_by == "system" else None)
+
+    def _start(self) -> None:
+        self._marks.clear()
+        self.session.reset()
+
+
+def token_text(tokenizer: TextTokenizer, token: int) -> str:
+    """A token as text, special ones as they are written in templates."""
+    return tokenizer.decode([token]) or tokenizer.token(token)
