@@ -73,6 +73,8 @@ class SlotPool:
         """
         if sessions < 1:
             raise ConfigError(f"sessions is {sessions}, but must be at least 1")
+        if undo < 0:
+            raise ConfigError(f"undo is {undo}, but must be 0 (no turn is kept) or more")
         engine = choose_engine(artefact, engine)
         needed = memory_to_serve(artefact, sessions, engine, undo)
         check_fits(needed, f"serving {artefact.folder} with {sessions} sessions")

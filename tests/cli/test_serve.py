@@ -47,6 +47,33 @@ def test_it_serves_and_ends_when_told(number: signal.Signals, code: int) -> None
         server.wait()
 
 
+def test_chats_outlive_it(tmp_path: Path) -> None:
+    said: list[dict[str, str]] = []
+    for number, text in enumerate(("the cat", "the dog")):
+        server = start("--port", "0", "--sessions", "1", "--state-dir", str(tmp_path / "chats"))
+        try:
+            assert server.stderr is not None
+            line = next(text for text in server.stderr if text.startswith("serving"))
+            client = OpenAI(base_url=line.split()[3], api_key="none", max_retries=0)
+            said.append({"role": "user", "content": text})
+            reply = client.chat.completions.create(
+                model=line.split()[1],
+                messages=said,  # type: ignore[arg-type]
+                max_tokens=12,
+                extra_body={"conversation": "anna"},
+            )
+            client.close()
+            said.append({"role": "assistant", "content": str(reply.choices[0].message.content)})
+            assert reply.usage is not None
+            assert (reply.usage.prompt_tokens_details.cached_tokens > 0) == (number == 1)  # type: ignore[union-attr]
+            server.terminate()
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
+            server.wait()
+    assert [message["content"] for message in said[1::2]] == answers("the cat", "the dog")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -54,6 +81,9 @@ def test_it_serves_and_ends_when_told(number: signal.Signals, code: int) -> None
         (["--host", "0.0.0.0", "--api-key-env", "EMPTY_KEY"], "EMPTY_KEY: this environment variable is not set"),
         (["--port", "70000"], "--port is 70000"),
         (["--sessions", "0", "--port", "0"], "sessions is 0"),
+        (["--waiting", "-1", "--port", "0", "--sessions", "1"], "-1 waiting requests"),
+        (["--undo", "-1", "--port", "0", "--sessions", "1"], "undo is -1"),
+        (["--state-dir", "x", "--saved", "0", "--port", "0", "--sessions", "1"], "at most 0 saved sessions"),
         (["--timeout", "0", "--port", "0", "--sessions", "1"], "timeout is 0.0"),
         (["--sessions", "100000000", "--port", "0"], "of memory are available"),
     ],

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training_runs import arguments, history, train, write_model, write_rows
 
+pytestmark = pytest.mark.alone
 TESTS = Path(__file__).parents[1]
 
 
