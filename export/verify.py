@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def _groups(positions: IntArray, scope: str) -> dict[tuple[int, ...], set[Key]]:
 
 
 def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report: ParityReport) -> None:
-    before = reference.state()
+    before = _scored_part(reference.state(), reference.config)
     reference.evict()
     artefact.evict()
     want = reference.survivors()
@@ -228,12 +228,19 @@ def _compare_event(reference: Engine, artefact: Engine, score_rel: float, report
         artefact.load_state(reference.state())
 
 
+def _scored_part(state: CacheState, config: CacheConfig) -> CacheState:
+    """Without the tables that no score looks at, which are hundreds of MB in large models."""
+    nothing = np.broadcast_to(np.float32(0), state.key.shape)
+    return replace(state, key=state.key if find_policy(config.policy).key_score else nothing, value=nothing)
+
+
 def _scores(state: CacheState, config: CacheConfig) -> dict[Key, float]:
     """The policy's scores of all entries."""
     layers, heads = state.log_beta.shape[:2]
-    log_beta, positions, key = (torch.from_numpy(x).flatten(0, 1) for x in (state.log_beta, state.positions, state.key))
+    log_beta, positions = (torch.from_numpy(x).flatten(0, 1) for x in (state.log_beta, state.positions))
     score = find_policy(config.policy).key_score
-    entries = Entries(log_beta, positions, state.seen, layers, heads, key_score=score(key) if score else None)
+    key_score = score(torch.from_numpy(state.key).flatten(0, 1)) if score else None
+    entries = Entries(log_beta, positions, state.seen, layers, heads, key_score=key_score)
     table = score_entries(entries, config).view(layers, heads, -1).tolist()
     return {
         (layer, head, int(position)): table[layer][head][slot]
