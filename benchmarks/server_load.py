@@ -129,6 +129,9 @@ def serving(folder: Path, args: Any) -> Iterator[tuple[str, psutil.Process]]:
             yield found[0], psutil.Process(process.pid)
             process.terminate()
             assert process.wait(60) == 0, "the server did not end well"
+        except Exception as error:
+            error.add_note(f"the server's exit code is {process.poll()} (None: it runs)")
+            raise
         finally:
             process.kill()
 
@@ -190,7 +193,7 @@ def main() -> None:
                 count["asked"] += turn.value is not None
                 count["right"] += turn.value is not None and turn.value in answer.split(" is ")[-1]
     seconds = sorted(second for client in clients for second in client.seconds)
-    tenth = len(memory) // 10
+    marks = [memory[min(len(memory) - 1, len(memory) * part // 10)] for part in range(1, 11)]
     result = {
         "clients": args.clients,
         "sessions": args.sessions,
@@ -209,8 +212,7 @@ def main() -> None:
         "turns_per_s": round(len(seconds) / taken, 1),
         "ms_per_turn_median": round(1e3 * median(seconds), 1),
         "ms_per_turn_95": round(1e3 * seconds[int(0.95 * len(seconds))], 1),
-        "rss_mib_after_a_tenth": round(memory[tenth] / 2**20, 1),
-        "rss_mib_last": round(memory[-1] / 2**20, 1),
+        "rss_mib_by_tenths": [round(mark / 2**20, 1) for mark in marks],
     }
     print("\n", json.dumps(result, indent=1), sep="")
     save(args.output, "server_load", [result])

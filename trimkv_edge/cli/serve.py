@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from trimkv_edge.runtime.constraint import Grammars
 
 _GRACE_S = 5
+# Longer than clients keep idle connections (5 s in httpx, so in openai): else one is closed just when it is used again.
+_KEEP_ALIVE_S = 75
 
 _EPILOG = """\
 examples:
@@ -115,7 +117,13 @@ def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: a
     try:
         app = make_app(pool, name, grammars=grammars, api_key=key, timeout=args.timeout, waiting=args.waiting)
         warn_random_weights(artefact.manifest)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_GRACE_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+        )
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(
             f"serving {name} at http://{host}:{listener.getsockname()[1]}/v1 with {args.sessions} sessions",
