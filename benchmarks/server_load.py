@@ -52,6 +52,8 @@ def script(client: int, args: Any) -> list[Turn]:
     facts: dict[str, str] = {}
     turns = []
     for number in range(args.turns):
+        if number % args.restart == 0:
+            facts.clear()
         leaves = rng.random() < args.leave
         if number % 2 == 0:
             key = rng.choice(KEYS[:6])
@@ -67,15 +69,21 @@ def script(client: int, args: Any) -> list[Turn]:
 class Client:
     """One conversation over HTTP; keeps what it was told."""
 
-    def __init__(self, number: int, turns: list[Turn], http: httpx.AsyncClient, model: str, seed: int) -> None:
-        self.name, self.turns, self.answers = f"client-{number}", turns, list[str]()
+    def __init__(
+        self, number: int, turns: list[Turn], http: httpx.AsyncClient, model: str, seed: int, restart: int
+    ) -> None:
+        self.turns, self.answers = turns, list[str]()
+        self._number, self._restart = number, restart
         self.seconds: list[float] = []
         self.count: Counter[str] = Counter()
         self._http, self._model, self._rng = http, model, random.Random(f"leaving {seed} {number}")
         self._messages: list[dict[str, str]] = []
 
     async def talk(self) -> None:
-        for turn in self.turns:
+        for index, turn in enumerate(self.turns):
+            if index % self._restart == 0:
+                self._messages.clear()
+                self._name = f"client {self._number}, chat {index // self._restart}"
             self._messages.append({"role": "user", "content": turn.text})
             if turn.leaves:
                 await self._ask(self._rng.randrange(4))
@@ -91,7 +99,7 @@ class Client:
     async def _ask(self, leave_after: int | None) -> str | None:
         """The answer; None if the server is busy, or if the client leaves after so many parts."""
         body = {"model": self._model, "messages": self._messages, "max_tokens": _TOKENS, "stream": True}
-        body |= {"conversation": self.name, "stream_options": {"include_usage": True}}
+        body |= {"conversation": self._name, "stream_options": {"include_usage": True}}
         said = []
         async with self._http.stream("POST", "/v1/chat/completions", json=body) as reply:
             if reply.status_code == 503:
@@ -141,7 +149,9 @@ async def load(url: str, server: psutil.Process, model: str, args: Any) -> tuple
     limits = httpx.Limits(max_connections=None)
     memory: list[int] = []
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-        clients = [Client(number, script(number, args), http, model, args.seed) for number in range(args.clients)]
+        clients = [
+            Client(number, script(number, args), http, model, args.seed, args.restart) for number in range(args.clients)
+        ]
 
         async def watch() -> None:
             while True:
@@ -157,16 +167,22 @@ async def load(url: str, server: psutil.Process, model: str, args: Any) -> tuple
         return clients, memory, int((await http.get("/healthz")).json()["busy"])
 
 
-def expected(artefact: Artefact, engine: str, turns: list[Turn]) -> list[str]:
+def expected(artefact: Artefact, turns: list[Turn], restart: int) -> list[str]:
     """What a session without a server says."""
-    chat = Conversation.open(artefact, Session.open(artefact, engine, 1, checkpoints=0))
-    return ["".join(piece.text for piece in chat.ask(turn.text, _TOKENS)) for turn in turns]
+    chat = Conversation.open(artefact, Session.open(artefact, "onnx", 1, checkpoints=0))
+    answers = []
+    for index, turn in enumerate(turns):
+        if index % restart == 0:
+            chat.reset()
+        answers.append("".join(piece.text for piece in chat.ask(turn.text, _TOKENS)))
+    return answers
 
 
 def main() -> None:
     options = parser("many clients of one server, with tiny", "server_load")
     options.add_argument("--clients", type=int, default=64)
     options.add_argument("--turns", type=int, default=200)
+    options.add_argument("--restart", type=int, default=10**9, help="turns after which a client begins a new chat")
     options.add_argument("--sessions", type=int, default=64)
     options.add_argument("--undo", type=int, default=1)
     options.add_argument("--leave", type=float, default=0.05, help="share of turns in which the client goes away once")
@@ -184,7 +200,7 @@ def main() -> None:
         for number, client in enumerate(clients):
             share = len(VALUES) // args.clients
             others = set(VALUES) - set(VALUES[number * share : (number + 1) * share])
-            alone = expected(artefact, "onnx", client.turns)
+            alone = expected(artefact, client.turns, args.restart)
             for turn, answer, want in zip(client.turns, client.answers, alone, strict=True):
                 count["wrong"] += answer != want
                 # The model also makes values up, alike with and without a server.
@@ -198,6 +214,7 @@ def main() -> None:
         "clients": args.clients,
         "sessions": args.sessions,
         "turns": len(seconds),
+        "turns_of_a_chat": min(args.turns, args.restart),
         "undo": args.undo,
         "state_dir": args.state_dir,
         "went_away": count["left"],

@@ -18,6 +18,7 @@ from trimkv_edge.runtime.constraint import Constraint, Grammars
 from trimkv_edge.runtime.server.errors import body_of, error_body, error_response, status_of
 from trimkv_edge.runtime.server.guards import BodyLimit, KeyGuard, LocalGuard
 from trimkv_edge.runtime.server.metrics import Metrics
+from trimkv_edge.runtime.server.page import add_page
 from trimkv_edge.runtime.server.pool import SlotPool
 from trimkv_edge.runtime.server.prompt import Part, Prompt
 from trimkv_edge.runtime.server.requests import ChatRequest, CompletionRequest, explain
@@ -73,6 +74,7 @@ def make_app(
     app.get("/v1/models/{name}")(server.one_model)
     app.post(_CHAT, response_model=None)(server.chat)
     app.post(_TEXT, response_model=None)(server.complete)
+    add_page(app, pool, model, api_key is not None)
     return app
 
 
@@ -112,7 +114,7 @@ class _Server:
     async def invalid(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         self._metrics.count("400")
-        message, param = explain(error.errors()[0], _BODIES[request.url.path])
+        message, param = explain(error.errors()[0], _BODIES.get(request.url.path, ChatRequest))
         return JSONResponse(body_of(message, 400, "invalid_value", param), 400)
 
     def _card(self) -> Json:
@@ -219,6 +221,6 @@ async def _events(
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    paths = f"/v1/models, {_CHAT}, {_TEXT}, /healthz, /metrics"
+    paths = f"/v1/models, {_CHAT}, {_TEXT}, /healthz, /metrics, /memory, and / for people"
     message = f"{request.method} {request.url.path}: {error.detail}; there are {paths}"
     return JSONResponse(body_of(message, error.status_code), error.status_code, error.headers)

@@ -1,0 +1,73 @@
+"""The page as files, and what it asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from running_server import MODEL, Running, ask, running, said, slow
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")]
+)
+def test_files_come_with_a_policy_and_name_no_other_place(server: Running, path: str, kind: str) -> None:
+    answer = httpx.get(server.url + path)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"https?://|innerHTML|\bon\w+=", answer.text)
+    if path == "/":
+        assert f"<h1>{MODEL}</h1>" in answer.text
+
+
+def test_names_are_escaped() -> None:
+    from fastapi import FastAPI
+
+    from trimkv_edge.runtime.server.page import add_page
+    from trimkv_edge.runtime.server.pool import SlotPool
+
+    app = FastAPI()
+    add_page(app, SlotPool([]), '"><script>x</script>$model', False)
+    transport = httpx.ASGITransport(app)
+
+    async def get() -> str:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return (await client.get("/")).text
+
+    import asyncio
+
+    text = asyncio.run(get())
+    assert "<script>x" not in text
+    assert text.count("&lt;script&gt;x&lt;/script&gt;$model") >= 2
+
+
+def test_memory_of_a_conversation(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(server, said("the cat"), "anna")
+    url = f"{server.url}/memory"
+    view = httpx.get(url, params={"conversation": "anna"}).json()
+    slot = server.pool.find("anna")
+    assert slot is not None
+    assert view["position"] == slot.session.engine.seen
+    assert len(view["tokens"]) == len(set(slot.session.engine.survivors().reshape(-1).tolist()))
+    unknown = httpx.get(url, params={"conversation": "nobody"})
+    assert (unknown.status_code, "no session holds conversation 'nobody'" in unknown.text) == (404, True)
+    missing = httpx.get(url)
+    assert (missing.status_code, missing.json()["error"]["message"]) == (400, "conversation is missing")
+    # It can be looked at while it answers.
+    slow(server, monkeypatch)
+    stream = ask(server, said("the dog"), "bert", max_tokens=40, stream=True)
+    parts = iter(stream)
+    next(parts)
+    seen = [httpx.get(url, params={"conversation": "bert"}).json()["position"] for _ in range(3)]
+    assert seen == sorted(seen)
+    assert server.pool.busy == 1
+    stream.close()
