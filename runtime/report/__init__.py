@@ -1,0 +1,1 @@
+"""One HTML page, and pictures, of what a cache held while a stream was read."""
