@@ -93,13 +93,14 @@ class Conversation:
         self.session.checkpoint()
         try:
             self.session.feed(tokens)
+            pieces = self.session.generate(max_new_tokens, sampling, self._stop_ids, stop_strings)
         except BaseException:
-            # Half a message is worse than none; without checkpoints it stays.
+            # Half a turn is worse than none; without checkpoints it stays.
             with suppress(SessionError):
                 self.session.rewind()
             raise
         self.turns += 1
-        return self.session.generate(max_new_tokens, sampling, self._stop_ids, stop_strings)
+        return pieces
 
     def tokens_of(self, text: str) -> list[int]:
         """What the stream lacks before the answer to ``text`` can be given."""

@@ -160,6 +160,15 @@ def test_a_message_that_cannot_be_read_leaves_the_chat_as_it_was(checkpoints: in
     assert list(talk.ask("the", 2))
 
 
+def test_a_setting_out_of_range_takes_the_message_back() -> None:
+    talk = chat()
+    list(talk.ask("the cat", 4))
+    before = read(talk), talk.session.pending
+    with pytest.raises(ConfigError, match="max new tokens is -1"):
+        talk.ask("the dog", -1)
+    assert (read(talk), talk.session.pending, talk.turns) == (*before, 1)
+
+
 def test_interrupted_reading_takes_the_message_back(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = chat()
     list(talk.ask("the cat", 4))
