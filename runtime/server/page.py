@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -15,6 +16,8 @@ from fastapi.responses import JSONResponse, Response
 from trimkv_edge.runtime.server.errors import body_of
 from trimkv_edge.runtime.server.memory_view import memory_view
 from trimkv_edge.runtime.server.pool import SlotPool
+from trimkv_edge.runtime.server.slot import Slot
+from trimkv_edge.runtime.session import Session
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -23,6 +26,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_PRIVATE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 def add_page(app: FastAPI, pool: SlotPool, model: str, needs_key: bool) -> None:
@@ -39,12 +43,13 @@ def add_page(app: FastAPI, pool: SlotPool, model: str, needs_key: bool) -> None:
 
     async def memory(conversation: Annotated[str, Query(min_length=1, max_length=200)]) -> Response:
         slot = pool.find(conversation)
-        if slot is None:
+        view = None if slot is None else await asyncio.wrap_future(slot.look(partial(_view, slot, conversation)))
+        if view is None:
             message = (
                 f"no session holds conversation {conversation[:80]!r}: it was not begun, or another one took its place"
             )
-            return JSONResponse(body_of(message, 404, "no_session", "conversation"), 404)
-        return JSONResponse(await asyncio.wrap_future(slot.look(memory_view)))
+            return JSONResponse(body_of(message, 404, "no_session", "conversation"), 404, _PRIVATE)
+        return JSONResponse(view, headers=_PRIVATE)
 
     app.get("/memory")(memory)
     for path, text, kind in (
@@ -53,6 +58,14 @@ def add_page(app: FastAPI, pool: SlotPool, model: str, needs_key: bool) -> None:
         ("/page.css", _asset("page.css"), "text/css"),
     ):
         app.get(path, include_in_schema=False)(_file(text, kind))
+
+
+def _view(slot: Slot, conversation: str, session: Session) -> dict[str, Any] | None:
+    # Until the look's turn came the slot may have passed to another chat, whose text is none of this one's business;
+    # and a slot just claimed holds the chat before until its answer begins.
+    if slot.conversation != conversation or (slot.chat is not None and slot.chat.conversation != conversation):
+        return None
+    return memory_view(session)
 
 
 def _file(text: str, kind: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -130,6 +131,9 @@ def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: a
             file=sys.stderr,
             flush=True,
         )
+        # What exists now stays: the garbage collector then looks at requests only, and does so more often.
+        gc.collect()
+        gc.freeze()
         # uvicorn ends gracefully and then raises the signal again, for this handler.
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         uvicorn.Server(config).run(sockets=[listener])

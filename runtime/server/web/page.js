@@ -13,7 +13,8 @@ const POLL_MS = 250;
 let chat = restored();
 let working = null; // AbortController of the answer that is being made
 let memory = null; // newest view
-let curve = []; // [position, resident bytes]
+let curve = []; // [position, resident bytes], as measured
+let chosen = -1; // position of the token that the arrow keys are at
 
 function fresh() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
@@ -39,6 +40,7 @@ function keep() {
 
 function headers() {
   const key = at("key").value;
+  if (/[^ -~]/.test(key)) throw new Error("the API key has characters that no header can carry: type it again");
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
@@ -50,6 +52,13 @@ function bytes(count) {
 }
 
 const number = (value) => Math.round(value).toLocaleString("en");
+
+// Keeps the end in view, unless somebody reads further up.
+function growing(box, change) {
+  const follow = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+  change();
+  if (follow) box.scrollTop = box.scrollHeight;
+}
 
 // ---- the chat
 
@@ -74,6 +83,7 @@ function busy(on) {
   at("send").disabled = on;
   at("stop").disabled = !on;
   at("new").disabled = on;
+  at("log").setAttribute("aria-busy", on); // an answer is read out when it is whole, not at each word
   at("state").textContent = on ? "reading" : "ready";
 }
 
@@ -102,16 +112,16 @@ async function* events(body) {
 }
 
 function request() {
+  const said = chat.messages.filter((message) => message.role !== "system");
   const system = at("system").value.trim();
-  if (system && chat.messages[0].role === "user" && chat.messages.length === 1) {
-    chat.messages.unshift({ role: "system", content: system });
-  }
+  if (said.length === 1) chat.messages = system ? [{ role: "system", content: system }, ...said] : said;
+  keep();
   return JSON.stringify({
     model: settings.model,
     messages: chat.messages,
     conversation: chat.id,
-    max_tokens: Number(at("max-tokens").value) || 256,
-    temperature: Number(at("temperature").value) || 0,
+    max_tokens: Number(at("max-tokens").value || 256),
+    temperature: Number(at("temperature").value || 0),
     stream: true,
     stream_options: { include_usage: true },
   });
@@ -122,7 +132,7 @@ async function answer() {
   trouble("");
   working = new AbortController();
   busy(true);
-  const watching = setInterval(look, POLL_MS);
+  watch(working);
   const { box, words } = show({ role: "assistant", content: "" });
   let said = "";
   let problem = "";
@@ -140,13 +150,14 @@ async function answer() {
       first ||= performance.now();
       at("state").textContent = "answering";
       said += text;
-      words.textContent = said;
-      at("log").scrollTop = at("log").scrollHeight;
+      growing(at("log"), () => words.append(text));
     }
   } catch (error) {
-    problem = error.name === "AbortError" ? "" : error.message || String(error);
+    // Browsers tell of broken connections by this type, each in its own words.
+    const gone = error instanceof TypeError;
+    problem = gone ? "the server cannot be reached: see whether it still runs" : error.message || String(error);
+    if (error.name === "AbortError") problem = "";
   }
-  clearInterval(watching);
   const seconds = first ? (performance.now() - first) / 1000 : 0;
   working = null;
   busy(false);
@@ -155,26 +166,28 @@ async function answer() {
     trouble(problem || "stopped before the first word");
   } else {
     chat.messages.push({ role: "assistant", content: said });
+    let cost = "stopped";
     if (usage) {
       const old = usage.prompt_tokens_details.cached_tokens;
       const speed = seconds > 0.05 ? `, ${number((usage.completion_tokens - 1) / seconds)} tokens/s` : "";
-      const cost = `read ${number(usage.prompt_tokens - old)} new tokens, ${number(old)} were held${speed}`;
-      box.append(make("span", "cost", cost));
-    } else {
-      box.append(make("span", "cost", "stopped"));
+      cost = `read ${number(usage.prompt_tokens - old)} new tokens, ${number(old)} were held${speed}`;
     }
+    growing(at("log"), () => box.append(make("span", "cost", cost)));
     keep();
   }
-  at("log").scrollTop = at("log").scrollHeight;
-  await looking;
-  await look();
   at("message").focus();
+  await looking;
+  if (!problem) await look();
 }
 
 function send() {
   const text = at("message").value;
   if (!text.trim() || working) return;
-  if (!at("trouble").hidden && chat.messages.at(-1)?.role === "user") chat.messages.pop(); // asked in other words
+  if (chat.messages.at(-1)?.role === "user") {
+    // It got no answer, and is asked in other words now.
+    chat.messages.pop();
+    at("log").lastElementChild.remove();
+  }
   at("message").value = "";
   chat.messages.push({ role: "user", content: text });
   show(chat.messages.at(-1));
@@ -186,6 +199,7 @@ function begin() {
   chat = fresh();
   curve = [];
   memory = null;
+  chosen = -1;
   keep();
   at("log").querySelectorAll(".said").forEach((node) => node.remove());
   at("empty").hidden = false;
@@ -205,20 +219,33 @@ function look() {
   return looking;
 }
 
+// Looks interrupt the answer, so they may take a twentieth of its time at most.
+async function watch(answering) {
+  while (working === answering) {
+    await new Promise((done) => setTimeout(done, Math.max(POLL_MS, 20_000 * (memory?.look_s || 0))));
+    if (working === answering) await look();
+  }
+}
+
 async function fetchMemory() {
+  const asked = chat.id;
   try {
-    const reply = await fetch(`memory?conversation=${encodeURIComponent(chat.id)}`, { headers: headers() });
-    if (reply.ok) {
-      memory = await reply.json();
-      const last = curve.at(-1);
-      if (last && last[0] > memory.position) curve = [];
-      if (!last || last[0] !== memory.position) curve.push([memory.position, memory.rss_bytes]);
-      if (curve.length > 600) curve = curve.filter((_, index) => index % 2);
-      drawMemory();
-    }
+    const reply = await fetch(`memory?conversation=${encodeURIComponent(asked)}`, { headers: headers() });
+    const view = reply.ok ? await reply.json() : null;
+    if (asked !== chat.id || (!reply.ok && reply.status !== 404)) return;
+    memory = view;
+    if (memory) note(memory.position, memory.rss_bytes);
+    drawMemory();
   } catch {
     // The answer itself tells when the server is gone.
   }
+}
+
+function note(position, size) {
+  if (curve.length && curve.at(-1)[0] > position) curve = []; // read anew
+  if (curve.length && curve.at(-1)[0] === position) curve.pop();
+  curve.push([position, size]);
+  if (curve.length > 600) curve = curve.filter((_, index) => index % 2 === 0);
 }
 
 function drawMemory() {
@@ -226,10 +253,13 @@ function drawMemory() {
   const live = empty ? 0 : memory.live_entries;
   const most = memory ? memory.max_entries : 0;
   at("fill").style.width = most ? `${(100 * live) / most}%` : "0";
-  at("bar").setAttribute("aria-valuemax", most);
+  at("bar").setAttribute("aria-valuemax", most || 1);
   at("bar").setAttribute("aria-valuenow", live);
+  const nothing = chat.messages.some((message) => message.role === "assistant")
+    ? "no session holds this chat now: the next message makes it be read again"
+    : "nothing was read yet";
   at("entries").textContent = empty
-    ? "nothing was read yet"
+    ? nothing
     : `${number(live)} of ${number(most)} entries in each head, after ${number(memory.position)} tokens`;
   const speed = (value) => (value ? `${number(value)} tokens/s` : "-");
   const facts = empty
@@ -262,81 +292,112 @@ function drawCurve() {
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   const style = getComputedStyle(document.documentElement);
-  const label = "Memory of the process over the stream";
-  canvas.setAttribute(
-    "aria-label",
-    curve.length ? `${label}: ${bytes(curve.at(-1)[1])} after ${number(curve.at(-1)[0])} tokens` : `${label}: nothing yet`,
-  );
   pen.strokeStyle = style.getPropertyValue("--line");
   pen.strokeRect(0.5, 0.5, width - 1, height - 1);
+  at("curve-range").textContent = curve.length ? "" : "not measured yet";
   if (!curve.length) return;
-  const most = Math.max(...curve.map((point) => point[1])) * 1.25; // from 0, so that flat looks flat
-  const end = curve.at(-1)[0];
-  pen.strokeStyle = style.getPropertyValue("--accent");
+  const sizes = curve.map((point) => point[1]);
+  const [least, most, end] = [Math.min(...sizes), Math.max(...sizes), curve.at(-1)[0]];
+  const span = curve.length > 1 ? `tokens ${number(curve[0][0])} to ${number(end)}` : `token ${number(end)}`;
+  const range = most > least ? `${bytes(least)} to ${bytes(most)}` : bytes(most);
+  at("curve-range").textContent = `${range} at ${span}; the scale begins at 0`;
+  const x = (position) => 4 + ((width - 8) * position) / (end || 1);
+  const place = ([position, size]) => [x(position), height - (height * size) / (most * 1.25)];
+  pen.strokeStyle = pen.fillStyle = style.getPropertyValue("--accent");
   pen.lineWidth = 2;
   pen.beginPath();
-  for (const [position, size] of [[0, curve[0][1]], ...curve]) {
-    pen.lineTo(2 + ((width - 4) * position) / end, height - (height * size) / most);
-  }
+  for (const point of curve) pen.lineTo(...place(point));
   pen.stroke();
+  pen.beginPath();
+  pen.arc(...place(curve.at(-1)), 3, 0, 2 * Math.PI);
+  pen.fill();
 }
 
 function drawHeads() {
   const kind = document.querySelector("input[name=heads]:checked").value;
   const table = memory && memory.position ? memory[kind] : [];
-  const most = Math.max(1, ...table.flat());
-  const unit = kind === "entries" ? "entries" : "tokens old on average";
-  at("heads").className = table.length * (table[0]?.length || 0) > 64 ? "many" : "";
-  const rows = table.map((row, layer) => {
-    const line = make("tr");
-    const head = make("th", "", `layer ${layer}`);
-    head.scope = "row";
-    line.append(head);
-    row.forEach((value, index) => {
-      const cell = make("td", `s${shade(value / most)}`, number(value));
-      cell.title = `layer ${layer}, head ${index}: ${number(value)} ${unit}`;
-      line.append(cell);
-    });
-    return line;
+  const values = table.flat();
+  const [unit, full] = kind === "entries" ? ["entries", memory?.max_entries] : ["tokens old on average", 0];
+  const most = Math.max(1, full || 0, ...values);
+  const line = (title, scope, cells) => {
+    const row = make("tr");
+    row.append(make("th", "", title), ...cells);
+    row.firstChild.scope = scope;
+    return row;
+  };
+  const above = table.map((_, layer) => {
+    const cell = make("th", layer % 4 ? "skip" : "", String(layer));
+    cell.scope = "col";
+    return cell;
   });
+  const rows = (table[0] || []).map((_, head) =>
+    line(
+      `head ${head}`,
+      "row",
+      table.map((row, layer) => {
+        const cell = make("td", `s${shade(row[head] / most)}`, number(row[head]));
+        cell.title = `layer ${layer}, head ${head}: ${number(row[head])} ${unit}`;
+        return cell;
+      }),
+    ),
+  );
+  at("heads").className = table.length > 8 ? "many" : "";
+  at("heads").tHead.replaceChildren(...(rows.length ? [line("layer", "row", above)] : []));
   at("heads").tBodies[0].replaceChildren(...rows);
-  at("heads-scale").textContent = table.length ? `darkest: ${number(most)} ${unit}` : "";
+  const [low, high] = [number(Math.min(...values)), number(Math.max(...values))];
+  const range = low === high ? `${low} ${unit} in each` : `${low} to ${high} ${unit}`;
+  at("heads-scale").textContent = rows.length ? `${range}; the strongest shade is ${number(most)}` : "";
 }
 
 const shade = (share) => Math.max(1, Math.ceil(Math.min(1, share) * 5));
 
 function drawText() {
-  const box = at("text");
-  const below = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
   const nodes = [];
-  let last = -1;
-  if (memory && memory.position) {
-    if (memory.older) nodes.push(make("span", "gap", `${number(memory.older)} older tokens are held too · `));
-    for (const [position, text, share] of memory.tokens) {
-      if (last >= 0 && position > last + 1 && at("gaps").checked) nodes.push(make("span", "gap", "·"));
-      last = position;
-      const node = make("span", `t s${shade(share)}`, text || "▯");
-      node.dataset.tells = `position ${number(position)}: held by ${Math.round(100 * share)} % of the heads`;
-      nodes.push(node);
-    }
+  const gap = (from, to) => {
+    const node = make("span", "gap", "⋯");
+    const where = to > from ? `positions ${number(from)} to ${number(to)} were` : `position ${number(from)} was`;
+    node.dataset.tells = `${where} evicted everywhere`;
+    nodes.push(node);
+  };
+  const view = memory && memory.position ? memory : { tokens: [], older: 0 };
+  let next = 0;
+  if (view.older) {
+    nodes.push(make("span", "gap", `${number(view.older)} older tokens are held too ⋯ `));
+    next = view.tokens[0][0];
   }
-  box.replaceChildren(...nodes);
-  if (below) box.scrollTop = box.scrollHeight;
+  for (const [position, text, share] of view.tokens) {
+    if (position > next && at("gaps").checked) gap(next, position - 1);
+    next = position + 1;
+    const node = make("span", `t s${shade(share)}`, text || "▯");
+    node.dataset.position = position;
+    node.dataset.tells = `position ${number(position)}: held by ${Math.round(100 * share)} % of the heads`;
+    node.classList.toggle("chosen", position === chosen);
+    nodes.push(node);
+  }
+  growing(at("text"), () => at("text").replaceChildren(...nodes));
 }
 
-at("text").addEventListener("mouseover", (event) => {
-  at("token").textContent = event.target.dataset.tells || "";
-});
-// The arrow keys go from token to token.
-let chosen = -1;
+function tell(node) {
+  const tells = node.dataset.tells;
+  if (tells) at("token").textContent = node.dataset.position ? `${JSON.stringify(node.textContent)}, ${tells}` : tells;
+}
+
+at("text").addEventListener("mouseover", (event) => tell(event.target));
+// The arrow keys go from token to token, from the newest on.
 at("text").addEventListener("keydown", (event) => {
-  const tokens = at("text").querySelectorAll(".t");
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!step || !tokens.length) return;
+  const tokens = [...at("text").querySelectorAll(".t")];
+  const now = tokens.findIndex((node) => Number(node.dataset.position) === chosen);
+  const last = tokens.length - 1;
+  const start = now < 0;
+  const to = { ArrowRight: start ? last : now + 1, ArrowLeft: start ? last : now - 1, Home: 0, End: last }[event.key];
+  if (to === undefined || last < 0) return;
   event.preventDefault();
-  chosen = Math.min(tokens.length - 1, Math.max(0, chosen + step));
-  tokens[chosen].scrollIntoView({ block: "nearest" });
-  at("token").textContent = `${JSON.stringify(tokens[chosen].textContent)}, ${tokens[chosen].dataset.tells}`;
+  const node = tokens[Math.min(last, Math.max(0, to))];
+  tokens[now]?.classList.remove("chosen");
+  node.classList.add("chosen");
+  chosen = Number(node.dataset.position);
+  node.scrollIntoView({ block: "nearest" });
+  tell(node);
 });
 
 at("form").addEventListener("submit", (event) => {
@@ -355,10 +416,12 @@ at("new").addEventListener("click", begin);
 at("gaps").addEventListener("change", drawText);
 document.querySelectorAll("input[name=heads]").forEach((radio) => radio.addEventListener("change", drawHeads));
 window.addEventListener("resize", drawCurve);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCurve); // a canvas keeps its colours
 
 at("key-label").hidden = !settings.needsKey;
 at("settings").open = settings.needsKey;
 for (const message of chat.messages) if (message.role !== "system") show(message);
 drawMemory();
 if (chat.messages.length) look();
+if (chat.messages.at(-1)?.role === "user") trouble("the last message has no answer yet");
 at("message").focus();

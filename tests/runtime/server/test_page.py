@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from running_server import MODEL, Running, ask, running, said, slow
+from running_server import MODEL, Running, ask, running, said, slow, until
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +60,10 @@ def test_memory_of_a_conversation(server: Running, monkeypatch: pytest.MonkeyPat
     assert slot is not None
     assert view["position"] == slot.session.engine.seen
     assert len(view["tokens"]) == len(set(slot.session.engine.survivors().reshape(-1).tolist()))
+    assert httpx.get(url, params={"conversation": "anna"}).headers["cache-control"] == "no-store"
     unknown = httpx.get(url, params={"conversation": "nobody"})
     assert (unknown.status_code, "no session holds conversation 'nobody'" in unknown.text) == (404, True)
+    assert unknown.json()["error"]["code"] == "no_session"
     missing = httpx.get(url)
     assert (missing.status_code, missing.json()["error"]["message"]) == (400, "conversation is missing")
     # It can be looked at while it answers.
@@ -71,3 +75,24 @@ def test_memory_of_a_conversation(server: Running, monkeypatch: pytest.MonkeyPat
     assert seen == sorted(seen)
     assert server.pool.busy == 1
     stream.close()
+
+
+def test_a_chat_is_not_shown_to_the_next_one(server: Running) -> None:
+    """A slot may pass on while a look waits for its turn, and holds the old text until the new answer begins."""
+    ask(server, said("a secret"), "carla")
+    slot = server.pool.find("carla")
+    assert slot is not None
+    url, free = f"{server.url}/memory", threading.Event()
+    slot.worker.submit(free.wait, 20)
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(httpx.get, url, params={"conversation": "carla"}, timeout=20)
+        try:
+            assert until(lambda: not slot._looks.empty())
+            slot.conversation = "dora"  # as a claim does
+        finally:
+            free.set()
+        assert waiting.result(20).status_code == 404
+    assert httpx.get(url, params={"conversation": "dora"}).status_code == 404
+    ask(server, said("the cat"), "dora")
+    view = httpx.get(url, params={"conversation": "dora"}).json()
+    assert "cat" in "".join(text for _, text, _ in view["tokens"])
