@@ -280,14 +280,19 @@ class Session:
             PositionLimitError: they would pass the engine's last position.
             In both cases nothing was read.
         """
+        for done, total in self.feeding(tokens):
+            if progress:
+                progress(done, total)
+
+    def feeding(self, tokens: npt.ArrayLike) -> Iterator[tuple[int, int]]:
+        """:meth:`feed` step by step: reads a chunk whenever the next (tokens read, tokens in all) is asked for."""
         ids = self._checked(tokens)
         given = ids.size
         if self._pending is not None:
             ids = np.concatenate([[self._pending], ids])
         self._check_limit(ids.size)
         self._waited_s, done = 0.0, 0
-        if progress:
-            progress(0, ids.size)
+        yield 0, ids.size
         while done < ids.size:
             started = perf_counter()
             count = self._step(ids[done:])
@@ -296,8 +301,7 @@ class Session:
             self._prefilled += count
             self._prefill_s += spent
             self._waited_s += spent
-            if progress:
-                progress(done, ids.size)
+            yield done, ids.size
         self._prompt_tokens += given
 
     def _check_limit(self, count: int) -> None:

@@ -12,9 +12,9 @@ from trimkv_edge.budget import check_fits
 from trimkv_edge.errors import ConfigError, TrimKVError
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import choose_engine, engine_class, load_engine
-from trimkv_edge.runtime.server.gate import Turns
 from trimkv_edge.runtime.server.slot import Slot
 from trimkv_edge.runtime.server.store import Store
+from trimkv_edge.runtime.server.worker import Worker
 from trimkv_edge.runtime.session import Session
 
 _LOG = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class SlotPool:
     """N slots. A conversation keeps its slot until another one needs it more.
 
     Args:
-        slots: at least one, each with an engine of its own.
+        slots: each with an engine of its own, in order of first use.
 
     Attributes:
         on_release: called, in the thread that answered, when a slot has become free.
@@ -78,12 +78,12 @@ class SlotPool:
         engine = choose_engine(artefact, engine)
         needed = memory_to_serve(artefact, sessions, engine, undo)
         check_fits(needed, f"serving {artefact.folder} with {sessions} sessions")
-        first, turns = load_engine(artefact, engine, threads), Turns()
+        first, worker = load_engine(artefact, engine, threads), Worker()
         engines = [first, *(first.another() for _ in range(sessions - 1))]
 
         def slot(index: int) -> Slot:
             session = Session.over(engines[index], artefact, checkpoints=undo, note_tokens=True, warn=_LOG.warning)
-            return Slot(artefact, session, turns, store, undo)
+            return Slot(artefact, session, worker, store, undo)
 
         return cls([slot(index) for index in range(sessions)])
 
@@ -131,10 +131,10 @@ class SlotPool:
 
     def close(self) -> None:
         """Waits for what runs, then saves all chats if there is a store."""
+        for worker in {slot.worker for slot in self.slots}:
+            worker.shutdown()
         for slot in self.slots:
-            slot.worker.submit(slot.save)
-        for slot in self.slots:
-            slot.worker.shutdown()
+            slot.save()
 
 
 def memory_to_serve(artefact: Artefact, sessions: int, engine: str, undo: int = 0) -> int:

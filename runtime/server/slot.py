@@ -1,24 +1,23 @@
-"""One session of the server: its thread, and the chat that its cache holds."""
+"""One session of the server, and the chat that its cache holds."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from trimkv_edge.errors import ArtefactError, PositionLimitError, SessionError
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.chat import render_chat
 from trimkv_edge.runtime.conversation import Conversation
-from trimkv_edge.runtime.server.gate import Turns
 from trimkv_edge.runtime.server.prompt import Answer, Part, Prompt, digest
 from trimkv_edge.runtime.server.requests import Message
 from trimkv_edge.runtime.server.scores import score
 from trimkv_edge.runtime.server.store import Chat, Store
+from trimkv_edge.runtime.server.worker import Worker
 from trimkv_edge.runtime.session import Session
 from trimkv_edge.runtime.streaming import StopStrings
 from trimkv_edge.runtime.tokenizer import TextTokenizer
@@ -28,12 +27,12 @@ T = TypeVar("T")
 
 
 class Slot:
-    """A session and its thread.
+    """A session.
 
     Args:
         artefact: with a tokenizer.
         session: of its own.
-        turns: shared by all slots.
+        worker: computes for all slots.
         store: where a chat goes when the slot is given to another one; None: nowhere.
         undo: checkpoints that the session keeps: with one, a turn that breaks off or is asked again does not make the
             chat be read again.
@@ -47,48 +46,38 @@ class Slot:
         self,
         artefact: Artefact,
         session: Session,
-        turns: Turns | None = None,
+        worker: Worker,
         store: Store | None = None,
         undo: int = 0,
     ) -> None:
         if artefact.tokenizer is None:
             raise ArtefactError(f"{artefact.folder} has no tokenizer (random weights have none): there is no text")
         self.session = session
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="trimkv-slot")
+        self.worker = worker
         self.conversation: str | None = None
         self.chat: Chat | None = None
         self.busy = False
         self.used = 0
         self.claimed = 0.0
         self._artefact, self._tokenizer = artefact, artefact.tokenizer
-        self._turns, self._store = turns or Turns(), store
+        self._store = store
         # Digests of the messages at the session's checkpoints.
         self._marks: deque[str] = deque(maxlen=undo)
-        self._looks: SimpleQueue[tuple[Callable[[Session], Any], Future[Any]]] = SimpleQueue()
 
     def look(self, make: Callable[[Session], T]) -> Future[T]:
         """What ``make`` says of the session, asked between two tokens if it is answering."""
-        future: Future[T] = Future()
-        self._looks.put((make, future))
-        self.worker.submit(self._serve_looks)
-        return future
+        return self.worker.submit(make, self.session)
 
-    def _serve_looks(self) -> None:
-        with suppress(Empty):
-            while True:
-                make, future = self._looks.get_nowait()
-                try:
-                    future.set_result(make(self.session))
-                except Exception as error:
-                    future.set_exception(error)
-
-    def answer(self, prompt: Prompt, answer: Answer, check: Callable[[], None]) -> Iterator[Part]:
-        """Reads what the cache lacks of the prompt, then gives the answer part by part.
+    def answer(self, prompt: Prompt, answer: Answer, check: Callable[[], None]) -> Iterator[Part | None]:
+        """Reads what the cache lacks of the prompt, then gives the answer part by part; a step of the engine each.
 
         Args:
             prompt: the request.
             answer: filled in on the way.
             check: called before each chunk and each token; what it raises ends the answer.
+
+        Yields:
+            None after a chunk of the prompt.
 
         Raises:
             PositionLimitError: the prompt does not fit before the last position.
@@ -96,26 +85,21 @@ class Slot:
             Whenever it does not come to its end the session goes back to where it was, if it has a checkpoint;
             otherwise the chat is forgotten and the next request reads everything.
         """
-
-        def between() -> None:
-            self._serve_looks()
-            self._turns.pass_on()
-            check()
-
-        with self._turns:
-            tokens, goes_on = self._new_tokens(prompt)
-            try:
-                self.session.feed(tokens, lambda done, total: between())
-                answer.prompt_tokens = self.session.engine.seen
-                answer.cached_tokens = answer.prompt_tokens - len(tokens)
-                for part in self._generate(prompt, answer, between):
-                    answer.parts.append(part)
-                    yield part
-            except BaseException:
-                if goes_on and self._marks:
-                    with suppress(SessionError):
-                        self.chat = Chat(self.conversation, self._go_back())
-                raise
+        tokens, goes_on = self._new_tokens(prompt)
+        try:
+            for _ in self.session.feeding(tokens):
+                check()
+                yield None
+            answer.prompt_tokens = self.session.engine.seen
+            answer.cached_tokens = answer.prompt_tokens - len(tokens)
+            for part in self._generate(prompt, answer, check):
+                answer.parts.append(part)
+                yield part
+        except BaseException:
+            if goes_on and self._marks:
+                with suppress(SessionError):
+                    self.chat = Chat(self.conversation, self._go_back())
+            raise
         if prompt.messages:
             said = Message(role="assistant", content=answer.text)
             self.chat = Chat(self.conversation, digest([*prompt.messages, said]))
@@ -125,7 +109,7 @@ class Slot:
         if self._store is not None and self.chat is not None:
             self._store.save(self.session, self.chat)
 
-    def _generate(self, prompt: Prompt, answer: Answer, between: Callable[[], None]) -> Iterator[Part]:
+    def _generate(self, prompt: Prompt, answer: Answer, check: Callable[[], None]) -> Iterator[Part]:
         info = self._artefact.manifest.tokenizer
         stop_ids = [] if info is None else info.eos_token_ids
         stops = StopStrings(prompt.stops)
@@ -140,7 +124,7 @@ class Slot:
                 yield Part(text, self._scores(prompt, piece.token, ended))
                 if answer.finish == "stop":
                     break
-                between()
+                check()
         except PositionLimitError:
             pass  # the answer was given until here, as with any other limit of its length
         yield Part(stops.flush())

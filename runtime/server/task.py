@@ -1,10 +1,10 @@
-"""One answer: made in its slot's thread, taken in the server's loop."""
+"""One answer: made in the worker's thread, taken in the server's loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from time import monotonic
 
@@ -15,7 +15,7 @@ from trimkv_edge.runtime.server.waiting import DeadlineError, StoppedError
 
 
 class Task:
-    """Starts at once. The slot is free again when the thread is done, whether or not anybody takes the parts.
+    """Starts at once. The slot is free again when the answer has ended, whether or not anybody takes the parts.
 
     Args:
         pool: where ``slot`` was claimed.
@@ -31,11 +31,7 @@ class Task:
         self._stopped = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Part | None] = asyncio.Queue()
-        try:
-            slot.worker.submit(self._run)
-        except BaseException:
-            pool.release(slot)
-            raise
+        slot.worker.add(self._run())
 
     def stop(self) -> None:
         """Ends the work before the next chunk or token."""
@@ -56,10 +52,12 @@ class Task:
         finally:
             self.stop()
 
-    def _run(self) -> None:
+    def _run(self) -> Iterator[None]:
         try:
             for part in self._slot.answer(self._prompt, self.answer, self._check):
-                self._send(part)
+                if part is not None:
+                    self._send(part)
+                yield
         except BaseException as error:
             self.error = error
         finally:

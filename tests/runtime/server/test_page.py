@@ -87,7 +87,7 @@ def test_a_chat_is_not_shown_to_the_next_one(server: Running) -> None:
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(httpx.get, url, params={"conversation": "carla"}, timeout=20)
         try:
-            assert until(lambda: not slot._looks.empty())
+            assert until(lambda: not slot.worker._inbox.empty())
             slot.conversation = "dora"  # as a claim does
         finally:
             free.set()

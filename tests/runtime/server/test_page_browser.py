@@ -198,7 +198,7 @@ def test_text_is_never_taken_for_html(server: Running, monkeypatch: pytest.Monke
 
         def answer(*args: Any, real: Callable[..., Any] = real) -> Iterator[Any]:
             for part in real(*args):
-                yield part._replace(text=evil)
+                yield part and part._replace(text=evil)
 
         monkeypatch.setattr(slot, "answer", answer)
     with browser_page() as (page, troubles):

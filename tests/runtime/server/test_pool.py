@@ -63,7 +63,7 @@ def test_slots_share_the_weights_and_nothing_else(pool: SlotPool) -> None:
         going = list(talks)
         while going:
             for talk in list(going):
-                if next(talk[0], None) is None:
+                if next(talk[0], "end") == "end":
                     going.remove(talk)
         return [found.text for _, found in talks]
 
@@ -71,7 +71,6 @@ def test_slots_share_the_weights_and_nothing_else(pool: SlotPool) -> None:
     alone = [answer_of([index])[0] for index in (0, 1)]
     for slot in pool.slots:
         slot.chat = None
-        slot._turns = type(slot._turns)()  # this test takes the turns itself, in one thread
     states = [slot.session.engine.state() for slot in pool.slots]
     assert answer_of([0, 1]) == alone
     for slot, state in zip(pool.slots, states, strict=True):
