@@ -13,6 +13,7 @@ from trimkv_edge.config import POSITION_LIMIT
 from trimkv_edge.files import replace_text
 from trimkv_edge.manifest import FileInfo, Manifest, file_sha256
 from trimkv_edge.models.registry import MODELS
+from trimkv_edge.runtime.engines import ENGINES, engines_of
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -113,7 +114,10 @@ def _introduction(manifest: Manifest) -> list[str]:
 def _snippets(manifest: Manifest) -> list[str]:
     # An engine's extra has its name.
     lines = ["In the folder that holds this file (from the hub: `hf download OWNER/NAME --local-dir .`):", "", "```sh"]
-    lines.append(f"pip install 'trimkv-edge[{','.join(manifest.targets)}]'")
+    if not (runnable := [name for name in engines_of(manifest) if name in ENGINES]):
+        compiled = ", ".join(f"`{name}`" for name in manifest.targets)
+        return [f"Compiled for {compiled}. Nothing ran it so far; docs/npu.md of trimkv-edge says what its host does."]
+    lines.append(f"pip install 'trimkv-edge[{','.join(runnable)}]'")
     code = ['artefact = Artefact.load(".")', "session = Session.open(artefact)"]
     if manifest.tokenizer is None:
         lines.append("# there is no tokenizer here: give token ids, from Python")
@@ -206,7 +210,7 @@ def _flat(parity: dict[str, Any]) -> dict[str, Any]:
 
 def _agreement(manifest: Manifest) -> list[str]:
     """One column per target; reports may hold more than the names known here."""
-    found = {name: _flat(target.parity) for name, target in manifest.targets.items()}
+    found = {name: _flat(target.parity) for name, target in manifest.targets.items() if target.parity}
     keys = list(dict.fromkeys(key for parity in found.values() for key in parity))
     if not keys:
         return ["Not verified."]

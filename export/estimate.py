@@ -21,8 +21,10 @@ _LIBRARIES = 900 * 2**20
 _PACKING = 3.2
 # Seconds on a core that adds up to a million in _REFERENCE_LOOP seconds: imports and small graphs, and by layer.
 _REFERENCE_LOOP = 0.045
-_START = {"onnx": 25.0, "executorch": 25.0}
-_LAYER = {"onnx": 2.9, "executorch": 25.0}
+_START = {"onnx": 25.0, "executorch": 25.0, "host-evicted": 25.0}
+_LAYER = {"onnx": 2.9, "executorch": 25.0, "host-evicted": 5.5}
+# Compilers for devices; those of Arm, the slowest.
+_COMPILER = (30.0, 20.0)
 # Seconds for each million parameters to read, round and write, and to read and round for the reference.
 _PACK = 0.037
 _ROUND = 0.066
@@ -81,7 +83,11 @@ def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], sch
     read = 2 * shape.parameters * tokens / flops
     total = 0.0
     for target in targets:
-        numbers = _START[target] + _LAYER[target] * shape.num_layers + millions * (_PACK + _ROUND)
+        numbers = (
+            _START.get(target, _COMPILER[0])
+            + _LAYER.get(target, _COMPILER[1]) * shape.num_layers
+            + millions * (_PACK + _ROUND)
+        )
         runs = 2 if target in scheme.dynamic and target == "onnx" else 1
         # Quantised engines read a chunk about half as fast as torch.
         engine = 1 if scheme.weight_bits == 32 else 2

@@ -36,6 +36,7 @@ from trimkv_edge.export.targets import TARGETS, Job, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import MIN_EVENTS
 from trimkv_edge.files import new_folder
+from trimkv_edge.hexagon import find_soc
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, TokenizerInfo, describe_files
 from trimkv_edge.models.gated import GatedModel
@@ -55,6 +56,7 @@ _TOOLS = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "onnxruntime-qnn",
     "tokenizers",
 )
 
@@ -84,6 +86,7 @@ class ExportRequest:
     kv_dtype: str | None = None
     rope: str = "auto"
     stream_length: int | None = None
+    soc: str | None = None
     weights: Path | None = None
     random_weights: bool = False
     seed: int = 0
@@ -165,6 +168,12 @@ def plan_export(request: ExportRequest) -> ExportPlan:
         threshold=request.threshold,
         kv_dtype=kv_dtype,
     )
+    for target in request.targets:
+        TARGETS[target].check(cache)
+    if request.soc is not None:
+        if "npu:hexagon" not in request.targets:
+            raise ConfigError("--soc is a chip of --target npu:hexagon: leave it out, or add that target")
+        find_soc(request.soc)
     calibration = None
     if policy.pooled:
         request = replace(request, caps=request.caps or AUTO)
@@ -281,6 +290,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
                     restart=request.restart,
                     say=detail,
                     progress=progress,
+                    soc=request.soc,
                 )
             )
         manifest = Manifest(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.export.backends import BACKENDS, UNSUPPORTED, Backend
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.reference import Rounding, exact
+from trimkv_edge.host_eviction import require_host
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target, TokenizerInfo
 from trimkv_edge.models.gated import GatedModel
@@ -29,6 +31,7 @@ class Job:
         scales: of int8 keys and values.
         key: of the numbers: source, gates and scheme.
         restart: do not go on with what an interrupted export left.
+        soc: chip that is compiled for, where a target has a choice; None: its default.
         say: called with one line per stage.
         progress: called with (done, in all) in long stages.
     """
@@ -45,6 +48,7 @@ class Job:
     restart: bool
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None
+    soc: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class TargetSpec:
         with_float_activations: ``(folder, target, scratch)`` -> the same target without activations rounded to int8,
             for verification; its files may lie in ``scratch``, inside the folder. None: it cannot be had.
         with_rounded_activations: the eager model that rounds activations as the target does. None: it cannot be had.
+        check: raises :class:`TrimKVError` for cache settings that the target cannot have, or a package it lacks.
+        runs: an engine here runs it, so that it can be verified.
+        rounds: operator sets whose activations have few bits: agreement is measured and told, but not required.
     """
 
     ops: tuple[str, ...]
@@ -66,6 +73,9 @@ class TargetSpec:
     kv_dtypes: tuple[str, ...] = ("float32",)
     with_float_activations: Callable[[Path, Target, Path], Target] | None = None
     with_rounded_activations: Callable[[GatedModel, Weights, Scheme], GatedModel] | None = None
+    check: Callable[[CacheConfig], None] = lambda config: None
+    runs: bool = True
+    rounds: tuple[str, ...] = ()
 
 
 def _executorch(job: Job) -> Target:
@@ -131,6 +141,29 @@ def _onnx_float(folder: Path, target: Target, scratch: Path) -> Target:
     return with_float_activations(folder, target, scratch)
 
 
+def _host_evicted(job: Job) -> Target:
+    from trimkv_edge.export.host_evicted import export_host_evicted
+    from trimkv_edge.export.resume import Numbers
+
+    return export_host_evicted(
+        job.model,
+        job.config,
+        job.folder,
+        scheme=job.scheme,
+        weights=job.weights,
+        numbers=Numbers(job.key, job.restart, job.say, job.progress),
+        progress=job.say,
+    )
+
+
+def _backend(name: str, backend: Backend) -> TargetSpec:
+    def check(config: CacheConfig) -> None:
+        require_host(config)
+        backend.require(name)
+
+    return TargetSpec(backend.precisions, backend.export, check=check, runs=backend.runs, rounds=backend.rounds)
+
+
 TARGETS: dict[str, TargetSpec] = {
     "executorch": TargetSpec(
         ("xnnpack", "portable"),
@@ -139,6 +172,8 @@ TARGETS: dict[str, TargetSpec] = {
         with_rounded_activations=_executorch_reference,
     ),
     "onnx": TargetSpec(("gqa", "standard"), _onnx, _onnx_rounding, ("float32", "float16", "int8"), _onnx_float),
+    "host-evicted": TargetSpec(("rows",), _host_evicted, check=require_host),
+    **{name: _backend(name, backend) for name, backend in BACKENDS.items()},
 }
 
 
@@ -150,6 +185,8 @@ def check_ops(targets: Sequence[str], ops: Sequence[str]) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     for name in targets:
+        if name in UNSUPPORTED:
+            raise ConfigError(f"target {name} is not supported: {UNSUPPORTED[name]}")
         if name not in TARGETS:
             raise ConfigError(f"target {name!r} is not known; use {', '.join(TARGETS)}")
         wanted = [op for op in ops if op in TARGETS[name].ops]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
+from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines.base import ArtefactEngine
 
@@ -36,7 +37,41 @@ ENGINES = {
         "trimkv_edge.runtime.engines.executorch_pooled:ExecuTorchPooledEngine",
         ("executorch", "torch"),
     ),
+    "tosa": EngineEntry(
+        "trimkv_edge.runtime.engines.tosa:TosaEngine",
+        "trimkv_edge.runtime.engines.tosa:TosaEngine",  # refuses them
+        ("tosa_reference_model",),
+    ),
+    "host-evicted": EngineEntry(
+        "trimkv_edge.runtime.engines.host_evicted:HostEvictedEngine",
+        "trimkv_edge.runtime.engines.host_evicted:HostEvictedEngine",  # refuses them
+        ("onnxruntime",),
+    ),
+    "litert": EngineEntry(
+        "trimkv_edge.runtime.engines.litert:LiteRTEngine",
+        "trimkv_edge.runtime.engines.litert:LiteRTEngine",  # refuses them
+        ("ai_edge_litert",),
+    ),
+    "qnn-emulator": EngineEntry(
+        "trimkv_edge.runtime.engines.qnn_emulator:QnnEmulatorEngine",
+        "trimkv_edge.runtime.engines.qnn_emulator:QnnEmulatorEngine",  # refuses them
+        ("onnxruntime", "onnxruntime_qnn"),
+    ),
 }
+
+
+# Targets of engines that have another name.
+RUNS = {"qnn-emulator": "npu:hexagon"}
+
+
+def engine_of(name: str, target: Target) -> str:
+    """Engine of an artefact's target: the one of the same name, else the one that the target names."""
+    return name if name in ENGINES else target.engine
+
+
+def engines_of(manifest: Manifest) -> dict[str, Target]:
+    """An artefact's targets by engine, in order."""
+    return {engine_of(name, target): target for name, target in manifest.targets.items()}
 
 
 def missing_packages(name: str) -> list[str]:
@@ -53,18 +88,27 @@ def choose_engine(artefact: Artefact, name: str | None = None) -> str:
         TrimKVError: its package is not installed.
     """
     targets = list(artefact.manifest.targets)
+    engines = list(engines_of(artefact.manifest))
+    if name not in ENGINES and name in targets:
+        if (engine := artefact.manifest.targets[name].engine) in ENGINES:
+            raise ConfigError(f"{name} is a target, and its engine is {engine}: use --engine {engine}")
+        raise ArtefactError(
+            f"{name} in {artefact.folder} is compiled for its device, and nothing here runs it: see docs/npu.md, or "
+            "export with --target host-evicted too"
+        )
     if name is not None and name not in ENGINES:
         raise ConfigError(f"engine {name!r} is not known; use one of {', '.join(ENGINES)}")
-    if name is not None and name not in targets:
+    if name is not None and name not in engines:
         raise ArtefactError(
             f"{artefact.folder} has no {name} target, only {', '.join(targets) or 'none'}: "
-            f"choose one of those or export again with --target {name}"
+            f"choose one of those or export again with --target {RUNS.get(name, name)}"
         )
-    known = [target for target in targets if target in ENGINES]
+    known = [engine for engine in engines if engine in ENGINES]
     if not known:
         raise ArtefactError(
             f"{artefact.folder} has targets {', '.join(targets) or 'none'}, "
-            f"but this trimkv-edge runs {', '.join(ENGINES)}: export it again"
+            f"but this trimkv-edge runs {', '.join(ENGINES)}: export it again with one of these too (docs/npu.md says "
+            "which targets are only compiled)"
         )
     wanted = known if name is None else [name]
     for candidate in wanted:
@@ -97,7 +141,7 @@ def load_engine(
     artefact.check_fits()
     manifest = artefact.manifest
     kind = engine_class(chosen, manifest.cache)
-    return kind(artefact.folder, manifest, manifest.targets[chosen], threads, profile=profile)
+    return kind(artefact.folder, manifest, engines_of(manifest)[chosen], threads, profile=profile)
 
 
 def engine_class(name: str, config: CacheConfig) -> type[ArtefactEngine]:

@@ -24,12 +24,14 @@ class ArtefactEngine(Engine):
     Attributes:
         threads: as given, or what the engine chose; None if it does not say.
         shares_model: engines made by :meth:`another` have only the cache for themselves.
+        emulates: another machine, so its speed tells nothing about that one's.
 
     Raises:
         ConfigError: threads below 1.
     """
 
     shares_model = False
+    emulates = False
 
     def __init__(
         self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, profile: bool = False

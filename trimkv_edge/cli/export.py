@@ -105,7 +105,21 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="ALPHA",
         help="shared budgets: entries whose retention is below this leave even if there is room; needs --budget",
     )
-    add("--target", nargs="+", default=["executorch", "onnx"], metavar="T", help="executorch, onnx (default: both)")
+    add(
+        "--target",
+        nargs="+",
+        default=["executorch", "onnx"],
+        metavar="T",
+        help="executorch, onnx (default: both), host-evicted (static graphs for NPUs, whose cache the host drives), "
+        "or a compiler: npu:hexagon, npu:coreml, npu:ethos-u85, tosa, vulkan, litert (docs/npu.md)",
+    )
+    add(
+        "--precision",
+        metavar="P",
+        help="of a compiler's target: fp16, a16w8, a8w8, a16w4 (npu:hexagon); fp16, c4w (npu:coreml); int8, a16w8 "
+        "(npu:ethos-u85); fp32, int8, a16w8 (tosa); fp32, fp16 (vulkan)",
+    )
+    add("--soc", metavar="NAME", help="npu:hexagon: the chip, sm8550, sm8650 or sm8750 (default)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")
     add(
         "--onnx-ops",
@@ -252,7 +266,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         caps=args.caps,
         caps_target=None if args.caps_target is None else parse_share(args.caps_target, "--caps-target"),
         targets=tuple(dict.fromkeys(args.target)),
-        ops=tuple(op for op in (args.executorch_ops, args.onnx_ops) if op is not None),
+        ops=tuple(op for op in (args.executorch_ops, args.onnx_ops, args.precision) if op is not None),
         gates=args.gates,
         dtype=args.dtype,
         quant=args.quant,
@@ -263,6 +277,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         weights=args.weights,
         random_weights=args.random_weights,
         seed=args.seed,
+        soc=args.soc,
         restart=args.restart,
         force=args.force,
     )
@@ -346,6 +361,9 @@ def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[st
     for name, target in manifest.targets.items():
         size = sum(manifest.files[file].bytes for file in target.files.values())
         parity = target.parity
+        if not parity:
+            lines.append(f"  {name:<11} {format_bytes(size):>9}  compiled for its device; nothing here runs it")
+            continue
         lines.append(f"  {name:<11} {format_bytes(size):>9}  {_agreement(parity)}")
         if parity.get("dynamic", parity) != {key: value for key, value in parity.items() if key != "dynamic"}:
             lines.append(f"  {'':<11} {'as it runs':>9}: {_agreement(parity['dynamic'])} (activations rounded to int8)")
@@ -353,7 +371,7 @@ def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[st
             lines.append(f"  {'':<11} {parity['undecidable']} survivors had scores too close for float32 to rank")
     if manifest.model.random_weights:
         lines.append("warning   random weights: good for shapes and speed, not for text")
-    if manifest.tokenizer is not None:
+    if manifest.tokenizer is not None and any(target.parity for target in manifest.targets.values()):
         lines.append(f"run it    trimkv-run {output} --prompt-file README.md --max-new-tokens 64 --stats text")
     return lines
 

@@ -1,0 +1,117 @@
+"""``tosa``: graphs of Arm's standard, executed by its reference model with the numpy host around them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backend_artefact import compiled, need
+from factories import gated_model, random_tokens
+from onnx_artefact import Artefact, spread_gates
+from oracle_model import OracleModel
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.errors import ArtefactError, ConfigError
+from trimkv_edge.runtime.engines.tosa import TosaEngine
+
+need("tosa")
+CONFIG = CacheConfig(budget=24, buffer=8, prefill_chunk=8)
+SIZES = (8, 3, 1, 1, 5, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    return compiled("tosa", spread_gates(gated_model("llama-gqa")), CONFIG, tmp_path_factory.mktemp("tosa"), "fp32")
+
+
+def engine(artefact: Artefact) -> TosaEngine:
+    return TosaEngine(artefact.folder, artefact.manifest, artefact.target)
+
+
+def test_same_survivors_tokens_and_logits(exact: Artefact) -> None:
+    eager, tosa, oracle = exact.eager(), engine(exact), OracleModel(exact.model, CONFIG)
+    tokens = random_tokens(24 + 8 * 6 + 3)
+    start, turn, events = 0, 0, 0
+    while start < len(tokens):
+        count = min(SIZES[turn % len(SIZES)], eager.room, len(tokens) - start)
+        chunk = tokens[start : start + count]
+        want, got, plain = eager.prefill(chunk), tosa.prefill(chunk), oracle.read(chunk)
+        assert max(np.abs(want - got).max(), np.abs(plain - got).max()) <= 1e-4
+        assert want.argmax() == got.argmax()
+        if eager.room == 0:
+            eager.evict()
+            tosa.evict()
+            events += 1
+            np.testing.assert_array_equal(eager.survivors(), tosa.survivors())  # in the same slots
+            np.testing.assert_array_equal(oracle.positions(), np.sort(tosa.survivors(), axis=-1))
+        start, turn = start + count, turn + 1
+    assert events >= 5
+    other = tosa.another()
+    assert (other.seen, tosa.seen) == (0, len(tokens))
+
+
+def test_nothing_is_printed(exact: Artefact, capfd: pytest.CaptureFixture[str]) -> None:
+    tosa = engine(exact)
+    print("before")
+    tosa.prefill([5, 6, 7])
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_each_graph_is_one_delegate_with_every_node(exact: Artefact) -> None:
+    graphs = json.loads((exact.folder / "tosa_report.json").read_text())["graphs"]
+    assert set(graphs) == {"decode", "prefill"}
+    for graph in graphs.values():
+        assert (graph["partitions"], graph["left"]) == (1, {})
+        assert graph["nodes"] > 100
+
+
+def test_a_mixed_folder_is_told(exact: Artefact, tmp_path: Path) -> None:
+    files = {role: exact.folder / name for role, name in exact.target.files.items()}
+    for path in files.values():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tosa_borders.json").write_text('{"decode": {"inputs": [], "outputs": []}}')
+    with pytest.raises(ArtefactError, match="lacks prefill"):
+        TosaEngine(tmp_path, exact.manifest, exact.target)
+    (tmp_path / "tosa_borders.json").write_text("{")
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        TosaEngine(tmp_path, exact.manifest, exact.target)
+    (tmp_path / "tosa_decode.tosa").unlink()
+    with pytest.raises(ArtefactError):
+        TosaEngine(tmp_path, exact.manifest, exact.target)
+
+
+def test_it_has_one_thread_and_no_profile(exact: Artefact) -> None:
+    with pytest.raises(ConfigError, match="use 1 thread"):
+        TosaEngine(exact.folder, exact.manifest, exact.target, 2)
+    with pytest.raises(ConfigError, match="leave out --profile"):
+        TosaEngine(exact.folder, exact.manifest, exact.target, profile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "survivors", "cosine"), [("int8", 0.95, 0.8), ("a16w8", 0.98, 0.99)])
+def test_integers_agree_closely(precision: str, survivors: float, cosine: float, tmp_path: Path) -> None:
+    made = compiled("tosa", spread_gates(gated_model("llama-gqa")), CONFIG, tmp_path, precision)
+    borders = json.loads((tmp_path / "tosa_borders.json").read_text())
+    ports = {side: {port["name"]: port for port in borders["decode"][side]} for side in ("inputs", "outputs")}
+    for port in (*borders["decode"]["inputs"], *borders["prefill"]["outputs"]):
+        assert port["dtype"] == {"int8": "int8", "a16w8": "int16"}[precision]
+    for layer in range(2):  # a row comes back as the integers that it was
+        for kind in ("key", "value"):
+            entering, leaving = ports["inputs"][f"past.{layer}.{kind}"], ports["outputs"][f"new.{layer}.{kind}"]
+            assert (entering["scale"], entering["zero_point"]) == (leaving["scale"], leaving["zero_point"])
+    eager, tosa, same, kept, close = made.eager(), engine(made), 0, 0, []
+    for token in random_tokens(24 + 8 * 6):
+        want, got = eager.decode(token), tosa.decode(token)
+        close.append(float(want @ got / np.linalg.norm(want) / np.linalg.norm(got)))
+        if eager.room == 0:
+            eager.evict()
+            tosa.evict()
+            pairs = zip(eager.survivors().reshape(4, -1), tosa.survivors().reshape(4, -1), strict=True)
+            same += sum(len(set(one) & set(other)) for one, other in pairs)
+            kept += 4 * 24
+    assert kept == 6 * 4 * 24
+    assert same / kept >= survivors
+    assert np.mean(close) >= cosine

@@ -1,0 +1,88 @@
+"""What a host has to know about graphs compiled for Qualcomm's HTP: ``hexagon.json``. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from trimkv_edge.errors import ArtefactError, ConfigError
+from trimkv_edge.files import replace_text
+from trimkv_edge.host_encoding import Encoding
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Soc:
+    """A chip as Qualcomm's compiler counts them: its number and the generation of its HTP (73: v73)."""
+
+    model: int
+    arch: int
+
+
+SOCS = {"sm8550": Soc(43, 73), "sm8650": Soc(57, 75), "sm8750": Soc(69, 79)}
+DEFAULT_SOC = "sm8750"
+
+
+def find_soc(name: str) -> Soc:
+    """Raises :class:`ConfigError` for one that is not in :data:`SOCS`."""
+    if name not in SOCS:
+        raise ConfigError(f"SoC {name!r} is not known: use one of {', '.join(SOCS)}")
+    return SOCS[name]
+
+
+@dataclass(frozen=True)
+class HexagonInfo:
+    """How the graphs were compiled.
+
+    Attributes:
+        format: version of this file.
+        precision: ``fp16``, ``a16w8``, ``a8w8`` or ``a16w4``.
+        soc: a key of :data:`SOCS`.
+        qairt: version of Qualcomm's compiler.
+        encodings: of inputs and outputs by name, alike in all graphs; empty: they are float32.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    format: int
+    precision: str
+    soc: str
+    qairt: str
+    encodings: dict[str, Encoding]
+
+    def save(self, path: Path) -> None:
+        """As JSON; every scale comes back as it was."""
+        replace_text(path, json.dumps(asdict(self), indent=1) + "\n")
+
+
+_ADAPTER = TypeAdapter(HexagonInfo)
+
+
+def load_info(path: Path) -> HexagonInfo:
+    """Reads what :meth:`HexagonInfo.save` wrote.
+
+    Raises:
+        ArtefactError: the file cannot be read, has another format, or names a chip that is not known.
+    """
+    try:
+        info = _ADAPTER.validate_json(path.read_bytes())
+        if info.format == FORMAT:
+            find_soc(info.soc)
+    except (OSError, ValidationError, ConfigError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            reason = error.errors()[0]["msg"]
+        elif isinstance(error, OSError):
+            reason = error.strerror or "it cannot be opened"
+        raise ArtefactError(
+            f"{path} cannot be read ({reason}): copy the whole folder again or export it again"
+        ) from error
+    if info.format != FORMAT:
+        raise ArtefactError(
+            f"{path} has format {info.format}, but this trimkv-edge reads format {FORMAT}: "
+            "install the version that made it, or export again"
+        )
+    return info
