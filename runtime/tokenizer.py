@@ -61,6 +61,10 @@ class TextTokenizer:
         """Text of ``ids`` without special tokens; ids that the tokenizer does not know give nothing."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    def shown(self, token_id: int) -> str:
+        """A token as people can read it: its text, or how it is written in templates if it has none."""
+        return self.decode([token_id]) or self.token(token_id)
+
     def token(self, token_id: int) -> str:
         """A token as it is written in templates (``<|im_end|>``); empty if the id is unknown."""
         return self._tokenizer.id_to_token(token_id) or ""

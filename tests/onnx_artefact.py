@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from factories import random_tokens
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine, FloatArray
@@ -15,6 +16,7 @@ from trimkv_edge.export.onnx import export_onnx
 from trimkv_edge.manifest import ByteInfo, GateInfo, Manifest, ModelInfo, RopeInfo, Target
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.runtime.engines.base import ArtefactEngine
 from trimkv_edge.runtime.engines.onnx import OnnxEngine
 
 
@@ -91,3 +93,19 @@ def spread_gates(model: GatedModel, seed: int = 0) -> GatedModel:
 def same(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> bool:
     """Bit-equal logits."""
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def check_another(make: Callable[[], ArtefactEngine]) -> None:
+    """``another()``: two streams in turns, one of them after a reset, are each as alone in an engine of its own."""
+    one = make()
+    streams = random_tokens(61, seed=1), random_tokens(53, seed=2)
+    feed(one, random_tokens(17), (1,))
+    other = one.another()
+    one.reset()
+    got: tuple[list[FloatArray], list[FloatArray]] = ([], [])
+    for start in range(0, 61, 5):
+        for engine, tokens, out in zip((one, other), streams, got, strict=True):
+            out.extend(feed(engine, tokens[start : start + 5], (1,)))
+    for tokens, out in zip(streams, got, strict=True):
+        assert same(out, feed(make(), tokens, (1,)))
+        assert len(out) == len(tokens)

@@ -44,3 +44,8 @@ class HubError(TrimKVError):
 def reason(error: Exception) -> str:
     """What went wrong, in words: of a failed system call without its number and path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, of libraries that tell it at length; the kind of error if they tell nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

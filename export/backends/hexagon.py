@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.errors import ConfigError, VerificationError
+from trimkv_edge.errors import ConfigError, VerificationError, first_line
 from trimkv_edge.export.host_evicted import CONSTANTS, DECODE, EMBEDDING, PREFILL, export_host_evicted
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.resume import Numbers
@@ -141,10 +141,9 @@ def _compile(source: Path, folder: Path, role: str, soc: str) -> dict[str, str]:
         with quiet_output():
             ort.InferenceSession(str(source), options)
     except Exception as error:  # onnxruntime's exceptions share no public base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise VerificationError(
-            f"{role} does not compile for {soc} with QAIRT {qairt_version()} ({reason}): try another precision or SoC, "
-            "or report this with the model's name and settings"
+            f"{role} does not compile for {soc} with QAIRT {qairt_version()} ({first_line(error)}): try another "
+            "precision or SoC, or report this with the model's name and settings"
         ) from error
     return {role: name, f"{role}_context": one_context(folder / name)}
 

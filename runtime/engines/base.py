@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import copy
 from pathlib import Path
 from typing import Self
 
@@ -55,7 +56,16 @@ class ArtefactEngine(Engine):
     def another(self) -> Self:
         """An engine of the same model and settings with an empty cache of its own. Engines that cannot share a loaded
         model load it again."""
-        return type(self)(self._folder, self._manifest, self._target, self._wanted_threads)
+        if not self.shares_model:
+            return type(self)(self._folder, self._manifest, self._target, self._wanted_threads)
+        made = copy(self)
+        made._open_cache()
+        made.reset()
+        return made
+
+    def _open_cache(self) -> None:
+        """Makes all that belongs to one stream; engines with ``shares_model`` have it."""
+        raise NotImplementedError
 
     def profile_rows(self) -> list[OperatorTime]:
         """Operators of all forward passes so far, the slowest first; ends the profile.

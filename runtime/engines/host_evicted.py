@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from trimkv_edge.host_cache import HostCache, padded
 from trimkv_edge.host_constants import load_constants
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
-from trimkv_edge.runtime.engines.onnx import PROVIDERS, _import_onnxruntime, _physical_cores
+from trimkv_edge.runtime.engines.onnx import import_onnxruntime, open_session, physical_cores
 from trimkv_edge.runtime.profile import OperatorTime, read_onnxruntime
 
 Array = npt.NDArray[Any]
@@ -62,8 +61,8 @@ class HostEvictedEngine(ArtefactEngine):
     ) -> None:
         super().__init__(folder, manifest, target, threads, profile=profile)
         self._scratch = tempfile.TemporaryDirectory(prefix="trimkv-profile-") if profile else None
-        self._ort = _import_onnxruntime()
-        self.threads = threads or _physical_cores()
+        self._ort = import_onnxruntime()
+        self.threads = threads or physical_cores()
         constants = load_constants(self._file("constants"))
         self._rotary = constants.rotary
         self._embedding = self._load_embedding(manifest.model.hidden_size)
@@ -72,13 +71,6 @@ class HostEvictedEngine(ArtefactEngine):
         if self.config.prefill_chunk > 1:
             self._sessions[self.config.prefill_chunk] = self._load("prefill")
         self._open_cache()
-
-    def another(self) -> Self:
-        """An engine over the same sessions of ONNX Runtime, which any thread may use; only the cache is its own."""
-        made = copy(self)
-        made._open_cache()
-        made.reset()
-        return made
 
     def _open_cache(self) -> None:
         """All that belongs to one stream."""
@@ -106,14 +98,7 @@ class HostEvictedEngine(ArtefactEngine):
         if self._scratch:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._scratch.name) / role)
-        try:
-            return ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ArtefactError(
-                f"{path} does not load in onnxruntime {ort.__version__} ({reason}): "
-                "copy the whole folder again or export it again"
-            ) from error
+        return open_session(ort, path, options)
 
     def _bind(self, chunk: int) -> _Graph:
         session, path = self._sessions[chunk], self._file("decode" if chunk == 1 else "prefill")
@@ -148,15 +133,32 @@ class HostEvictedEngine(ArtefactEngine):
 
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
         graph = self._graphs[1 if ids.size == 1 else self.config.prefill_chunk]
-        which = padded(ids.size, graph.chunk)
-        inputs = graph.inputs
-        inputs["hidden"][0] = self._embedding[ids[which]]
-        inputs["cos"][:], inputs["sin"][:] = self._rotary.rows(position + which)
-        inputs["mask"][:] = self._cache.mask(ids.size, graph.chunk)
+        for name, rows in self._rows(ids, position, graph.chunk).items():
+            graph.inputs[name][:] = rows
         graph.session.run_with_iobinding(graph.binding)
         self._cache.append(graph.key, graph.value, graph.gates, ids.size)
         logits: FloatArray = graph.logits[0, 0].copy()
         return logits
+
+    def _rows(self, ids: IntArray, position: int, chunk: int) -> dict[str, FloatArray]:
+        """What a graph for ``chunk`` tokens reads beside the cache."""
+        which = padded(ids.size, chunk)
+        cos, sin = self._rotary.rows(position + which)
+        return {
+            "hidden": self._embedding[ids[which]][None],
+            "cos": cos,
+            "sin": sin,
+            "mask": self._cache.mask(ids.size, chunk),
+        }
+
+    def _past(self) -> dict[str, Array]:
+        """The cache's own rows, by the names of the graphs' inputs."""
+        tables = {"key": self._cache.key, "value": self._cache.value}
+        return {
+            f"past.{layer}.{kind}": table[layer : layer + 1]
+            for layer in range(self.num_layers)
+            for kind, table in tables.items()
+        }
 
     def _evict(self, seen: int) -> None:
         self._cache.evict()

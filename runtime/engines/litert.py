@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
-from trimkv_edge.host_cache import HostCache, padded
+from trimkv_edge.host_cache import HostCache
 from trimkv_edge.host_constants import load_constants
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
 from trimkv_edge.runtime.engines.host_evicted import HostEvictedEngine, _check
-from trimkv_edge.runtime.engines.onnx import _physical_cores
+from trimkv_edge.runtime.engines.onnx import physical_cores
 
 
 class LiteRTEngine(HostEvictedEngine):
@@ -32,7 +32,7 @@ class LiteRTEngine(HostEvictedEngine):
     """
 
     name = "litert"
-    shares_model = False
+    shares_model = False  # an interpreter holds the tensors of one run
 
     def __init__(
         self, folder: Path, manifest: Manifest, target: Target, threads: int | None = None, *, profile: bool = False
@@ -40,7 +40,7 @@ class LiteRTEngine(HostEvictedEngine):
         ArtefactEngine.__init__(self, folder, manifest, target, threads)
         if profile:
             raise ConfigError("engine litert does not note the time of operators: leave out --profile")
-        self.threads = threads or _physical_cores()
+        self.threads = threads or physical_cores()
         constants = load_constants(self._file("constants"))
         self._rotary, self._masked = constants.rotary, constants.masked
         self._embedding = self._load_embedding(manifest.model.hidden_size)
@@ -48,10 +48,6 @@ class LiteRTEngine(HostEvictedEngine):
         self._interpreter = self._open(self._file("program"))
         names = {1: "decode"} | ({self.config.prefill_chunk: "prefill"} if self.config.prefill_chunk > 1 else {})
         self._runners = {chunk: self._runner(name, chunk) for chunk, name in names.items()}
-
-    def another(self) -> Self:
-        """Loads the model again: an interpreter holds the tensors of one run."""
-        return ArtefactEngine.another(self)
 
     def _open_cache(self) -> None:
         self._cache = HostCache(self.config, self.num_layers, self.num_kv_heads, self.head_dim, masked=self._masked)
@@ -83,14 +79,7 @@ class LiteRTEngine(HostEvictedEngine):
 
     def _inputs(self, ids: IntArray, position: int, chunk: int) -> dict[str, FloatArray]:
         """What a graph for ``chunk`` tokens reads, by its names."""
-        which = padded(ids.size, chunk)
-        cos, sin = self._rotary.rows(position + which)
-        inputs = {
-            "hidden": self._embedding[ids[which]][None],
-            "cos": cos,
-            "sin": sin,
-            "mask": self._cache.mask(ids.size, chunk),
-        }
+        inputs = self._rows(ids, position, chunk)
         for layer in range(self.num_layers):
             inputs[f"past_{layer}_key"] = self._cache.key[layer : layer + 1]
             inputs[f"past_{layer}_value"] = self._cache.value[layer : layer + 1]

@@ -6,16 +6,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from trimkv_edge.engine import FloatArray, IntArray
-from trimkv_edge.errors import ArtefactError, TrimKVError
+from trimkv_edge.errors import ArtefactError, TrimKVError, first_line
 from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
@@ -64,7 +63,7 @@ class OnnxEngine(ArtefactEngine):
     """
 
     name = "onnx"
-    shares_model = True
+    shares_model = True  # any thread may run a session
 
     def __init__(
         self,
@@ -78,22 +77,15 @@ class OnnxEngine(ArtefactEngine):
     ) -> None:
         super().__init__(folder, manifest, target, threads, profile=profile)
         self._scratch = tempfile.TemporaryDirectory(prefix="trimkv-profile-") if profile else None
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime()
         self._aliased = aliased
-        self.threads = threads or _physical_cores()
+        self.threads = threads or physical_cores()
         self._decoder = self._load("decoder", self.threads)
         self._evictor = self._load("evict", self.threads)
         self._scales = self._load_scales()
         self._open_cache()
         self._check_inputs(self._file("decoder"), self._decoder, self._decoder_state())
         self._check_inputs(self._file("evict"), self._evictor, self._evict_state())
-
-    def another(self) -> Self:
-        """An engine over the same sessions of ONNX Runtime, which any thread may use; only the cache is its own."""
-        made = copy(self)
-        made._open_cache()
-        made.reset()
-        return made
 
     def _open_cache(self) -> None:
         """All that belongs to one stream."""
@@ -153,15 +145,8 @@ class OnnxEngine(ArtefactEngine):
         if role == "evict":
             # It runs once per buffer: its idle threads must not compete with the decoder's.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            with _plain_attention(self.config.kv_dtype == "int8"):
-                return ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ArtefactError(
-                f"{path} does not load in onnxruntime {ort.__version__} ({reason}): "
-                "copy the whole folder again or export it again"
-            ) from error
+        with _plain_attention(self.config.kv_dtype == "int8"):
+            return open_session(ort, path, options)
 
     def _check_inputs(self, path: Path, session: Any, names: list[str]) -> None:
         found = {node.name: (node.shape, node.type) for node in session.get_inputs()}
@@ -257,7 +242,19 @@ class OnnxEngine(ArtefactEngine):
         self._arrays["positions"][:] = kept.reshape(-1, self.config.budget)
 
 
-def _import_onnxruntime() -> Any:
+def open_session(ort: Any, path: Path, options: Any) -> Any:
+    """``ort.InferenceSession`` of a graph; raises :class:`ArtefactError` if it does not load."""
+    try:
+        return ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise ArtefactError(
+            f"{path} does not load in onnxruntime {ort.__version__} ({first_line(error)}): "
+            "copy the whole folder again or export it again"
+        ) from error
+
+
+def import_onnxruntime() -> Any:
+    """The module; raises :class:`TrimKVError` with the remedy if it is not installed."""
     try:
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
@@ -265,6 +262,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _physical_cores() -> int:
+def physical_cores() -> int:
+    """Cores that this process may use, two threads of one counted once."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(psutil.cpu_count(logical=False) or usable, usable))

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, TrimKVError
 from trimkv_edge.hexagon import find_soc, load_info
-from trimkv_edge.host_cache import HostCache, padded
+from trimkv_edge.host_cache import HostCache
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.host_evicted import HostEvictedEngine
-from trimkv_edge.runtime.engines.onnx import _import_onnxruntime
+from trimkv_edge.runtime.engines.onnx import import_onnxruntime
 
 INSTALL = "pip install 'trimkv-edge[hexagon]' (Qualcomm's libraries in it have a licence of their own, docs/npu.md)"
 # Compiled graphs name it.
@@ -33,7 +33,7 @@ _TYPES = {"tensor(float)": "float32", "tensor(uint16)": "uint16", "tensor(uint8)
 @cache
 def _devices() -> list[Any]:
     """The emulated NPU, as ONNX Runtime lists devices; registered once for the process."""
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime()
     try:
         import onnxruntime_qnn  # type: ignore
     except ImportError as error:
@@ -76,7 +76,7 @@ def htp_options(soc: str) -> Any:
         soc: a key of :data:`~trimkv_edge.hexagon.SOCS`. The emulator needs it too: without, float graphs are refused.
     """
     chip = find_soc(soc)
-    options = _import_onnxruntime().SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.add_provider_for_devices(
@@ -150,21 +150,11 @@ class QnnEmulatorEngine(HostEvictedEngine):
             )
 
     def _feed(self, ids: IntArray, position: int, chunk: int) -> dict[str, npt.NDArray[Any]]:
-        which = padded(ids.size, chunk)
-        cos, sin = self._rotary.rows(position + which)
-        rows = {
-            "hidden": self._embedding[ids[which]][None],
-            "cos": cos,
-            "sin": sin,
-            "mask": self._cache.mask(ids.size, chunk),
-        }
-        feed: dict[str, npt.NDArray[Any]] = dict(rows)
+        rows = self._rows(ids, position, chunk)
+        feed: dict[str, npt.NDArray[Any]] = {**rows, **self._past()}
         for name, encoding in self._info.encodings.items():
             if name in rows:
                 feed[name] = encoding.store(rows[name])
-        for layer in range(self.num_layers):
-            feed[f"past.{layer}.key"] = self._cache.key[layer : layer + 1]
-            feed[f"past.{layer}.value"] = self._cache.value[layer : layer + 1]
         return feed
 
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:

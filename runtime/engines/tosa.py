@@ -15,7 +15,7 @@ import numpy as np
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
 from trimkv_edge.host_border import Border, load_borders
-from trimkv_edge.host_cache import HostCache, padded
+from trimkv_edge.host_cache import HostCache
 from trimkv_edge.host_constants import load_constants
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
@@ -66,19 +66,8 @@ class TosaEngine(HostEvictedEngine):
 
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
         chunk = 1 if ids.size == 1 else self.config.prefill_chunk
-        which = padded(ids.size, chunk)
-        cos, sin = self._rotary.rows(position + which)
-        inputs = {
-            "hidden": self._embedding[ids[which]][None],
-            "cos": cos,
-            "sin": sin,
-            "mask": self._cache.mask(ids.size, chunk),
-        }
         layers = range(self.num_layers)
-        for layer in layers:
-            inputs[f"past.{layer}.key"] = self._cache.key[layer : layer + 1]
-            inputs[f"past.{layer}.value"] = self._cache.value[layer : layer + 1]
-        found = self._run(chunk, inputs)
+        found = self._run(chunk, {**self._rows(ids, position, chunk), **self._past()})
         key, value = (
             np.concatenate([found[f"new.{layer}.{kind}"].reshape(1, -1, chunk, self.head_dim) for layer in layers])
             for kind in ("key", "value")

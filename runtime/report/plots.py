@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trimkv_edge.files import replace_durably
 from trimkv_edge.runtime.recording import Recording
 from trimkv_edge.runtime.report.page import About
 
@@ -141,12 +141,10 @@ def _save(figure: Any, about: About, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure.suptitle(about.name, fontsize=9)
-    beside = path.with_name(f".{path.name}.tmp")
     try:
         # Without the version of the library the same input gives the same bytes.
-        figure.savefig(beside, format="png", dpi=120, metadata={"Software": None})
-        os.replace(beside, path)
+        metadata = {"Software": None}
+        replace_durably(path, lambda beside: figure.savefig(beside, format="png", dpi=120, metadata=metadata))
     finally:
         plt.close(figure)
-        beside.unlink(missing_ok=True)
     return path

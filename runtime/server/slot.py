@@ -20,7 +20,6 @@ from trimkv_edge.runtime.server.store import Chat, Store
 from trimkv_edge.runtime.server.worker import Worker
 from trimkv_edge.runtime.session import Session
 from trimkv_edge.runtime.streaming import StopStrings
-from trimkv_edge.runtime.tokenizer import TextTokenizer
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -134,7 +133,7 @@ class Slot:
             return ()
         logits = self.session.logits
         assert logits is not None  # the token was drawn from them
-        return (score(logits, token, prompt.logprobs, lambda index: token_text(self._tokenizer, index)),)
+        return (score(logits, token, prompt.logprobs, self._tokenizer.shown),)
 
     def _new_tokens(self, prompt: Prompt) -> tuple[list[int], bool]:
         """What the cache lacks, and whether it goes on from a checkpoint."""
@@ -195,8 +194,3 @@ class Slot:
     def _start(self) -> None:
         self._marks.clear()
         self.session.reset()
-
-
-def token_text(tokenizer: TextTokenizer, token: int) -> str:
-    """A token as text, special ones as they are written in templates."""
-    return tokenizer.decode([token]) or tokenizer.token(token)

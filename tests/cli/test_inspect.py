@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import Run, command
 from text_artefact import save_manifest, text_artefact
 
 from trimkv_edge.cli.inspect import main
@@ -29,23 +29,11 @@ from trimkv_edge.runtime.session import Session
 LONG = "the cat sat on the mat and the dog sat on the log. über 你好 🙂 </script>\n" * 12
 COMMAND = [sys.executable, "-m", "trimkv_edge.cli.inspect"]
 RANDOM = "warning: this artefact has random weights: its text means nothing"
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    def call(*args: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*COMMAND, str(text_artefact()), *map(str, args)],
-            input=stdin,
-            capture_output=True,
-            timeout=120,
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-        )
-        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-    return call
+    return command([*COMMAND, str(text_artefact())], tmp_path)
 
 
 def data_of(page: Path) -> dict[str, object]:

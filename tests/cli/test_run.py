@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command import Run, command
 from text_artefact import save_manifest, text_artefact
 
 from trimkv_edge.manifest import load_manifest
@@ -23,7 +24,6 @@ from trimkv_edge.runtime.session import Session
 
 LONG = "the cat sat on the mat and the dog sat on the log. über 你好 🙂\n" * 20
 COMMAND = [sys.executable, "-m", "trimkv_edge.cli.run"]
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -39,18 +39,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    def call(*args: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*COMMAND, *map(str, args)],
-            input=stdin,
-            capture_output=True,
-            timeout=120,
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-        )
-        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-    return call
+    return command(COMMAND, tmp_path)
 
 
 def expected(folder: Path, prompt: str, count: int, sampling: SamplingParams = SamplingParams()) -> str:  # noqa: B008

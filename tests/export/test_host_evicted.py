@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from factories import CONFIGS, base_model, gated_model, random_tokens
-from host_artefact import HostArtefact, make_host
+from host_artefact import SIZES, HostArtefact, compare, make_host
 from onnx_artefact import feed, make_artefact, same, spread_gates
 from oracle_model import OracleModel
 from torch import nn
@@ -23,7 +23,6 @@ from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.retention import NoGate
 
 CONFIG = CacheConfig(budget=24, buffer=8, prefill_chunk=8)
-SIZES = (8, 3, 1, 1, 5, 8, 1)
 CASES = [*((case, "rg") for case in CONFIGS), ("qwen3-gqa", "rg10"), ("phi3-partial-rotary", "rg10")]
 
 
@@ -50,21 +49,7 @@ def test_same_survivors_tokens_and_logits(made: dict[tuple[str, str], HostArtefa
     eager, host = made[case].eager(), made[case].host()
     oracle = OracleModel(made[case].model, CONFIG)
     tokens = random_tokens(24 + 8 * 9 + 5)
-    start, turn, events = 0, 0, 0
-    while start < len(tokens):
-        count = min(SIZES[turn % len(SIZES)], eager.room, len(tokens) - start)
-        chunk = tokens[start : start + count]
-        want, got, plain = eager.prefill(chunk), host.prefill(chunk), oracle.read(chunk)
-        assert max(np.abs(want - got).max(), np.abs(plain - got).max()) <= 1e-4
-        assert want.argmax() == got.argmax()
-        if eager.room == 0:
-            eager.evict()
-            host.evict()
-            events += 1
-            np.testing.assert_array_equal(eager.survivors(), host.survivors())  # in the same slots
-            np.testing.assert_array_equal(oracle.positions(), np.sort(host.survivors(), axis=-1))
-        start, turn = start + count, turn + 1
-    assert events >= 5
+    assert compare(host, eager, oracle, tokens) >= 5
     kept = host.survivors()
     assert len({tuple(sorted(row)) for row in kept.reshape(-1, kept.shape[-1])}) > 1, "the heads' choices do not differ"
     np.testing.assert_allclose(eager.state().log_beta, host.state().log_beta, rtol=1e-4, atol=1e-9)

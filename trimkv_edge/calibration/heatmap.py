@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from trimkv_edge.caps import Calibration
+from trimkv_edge.files import replace_durably
 
 # Cells beyond this many are too small to read numbers in.
 _NUMBERED = 150
@@ -49,14 +49,12 @@ def draw_heat_map(calibration: Calibration, path: Path) -> None:
     figure.suptitle(
         f"{calibration.model}: policy {config.policy}, {config.budget} entries per head on average", fontsize=9
     )
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         # Without the version of the library the same input gives the same bytes.
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-        os.replace(temporary, path)
+        metadata = {"Software": None}
+        replace_durably(path, lambda beside: figure.savefig(beside, format="png", dpi=110, metadata=metadata))
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def _ticks(count: int) -> list[int]:

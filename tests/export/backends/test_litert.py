@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from backend_artefact import compiled, need
 from factories import gated_model, random_tokens
+from host_artefact import compare
 from onnx_artefact import Artefact, spread_gates
 from oracle_model import OracleModel
 from tiny_host import CONFIG as TINY
@@ -26,7 +27,6 @@ from trimkv_edge.runtime.engines.litert import LiteRTEngine
 
 need("litert")
 CONFIG = CacheConfig(budget=24, buffer=8, prefill_chunk=8)
-SIZES = (8, 3, 1, 1, 5, 8, 1)
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +43,7 @@ def test_same_survivors_tokens_and_logits(family: str, tmp_path: Path) -> None:
     made = compiled("litert", spread_gates(gated_model(family)), CONFIG, tmp_path, "fp32")
     eager, litert, oracle = made.eager(), engine(made), OracleModel(made.model, CONFIG)
     tokens = random_tokens(24 + 8 * 6 + 3)
-    start, turn, events = 0, 0, 0
-    while start < len(tokens):
-        count = min(SIZES[turn % len(SIZES)], eager.room, len(tokens) - start)
-        chunk = tokens[start : start + count]
-        want, got, plain = eager.prefill(chunk), litert.prefill(chunk), oracle.read(chunk)
-        assert max(np.abs(want - got).max(), np.abs(plain - got).max()) <= 1e-4
-        assert want.argmax() == got.argmax()
-        if eager.room == 0:
-            eager.evict()
-            litert.evict()
-            events += 1
-            np.testing.assert_array_equal(eager.survivors(), litert.survivors())  # in the same slots
-            np.testing.assert_array_equal(oracle.positions(), np.sort(litert.survivors(), axis=-1))
-        start, turn = start + count, turn + 1
-    assert events >= 5
+    assert compare(litert, eager, oracle, tokens) >= 5
 
 
 def test_a_long_stream_of_tiny_with_its_trained_gates(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from backend_artefact import compiled, need
 from factories import gated_model, random_tokens
+from host_artefact import compare
 from onnx_artefact import Artefact, spread_gates
 from oracle_model import OracleModel
 
@@ -18,7 +19,6 @@ from trimkv_edge.runtime.engines.tosa import TosaEngine
 
 need("tosa")
 CONFIG = CacheConfig(budget=24, buffer=8, prefill_chunk=8)
-SIZES = (8, 3, 1, 1, 5, 8, 1)
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +33,7 @@ def engine(artefact: Artefact) -> TosaEngine:
 def test_same_survivors_tokens_and_logits(exact: Artefact) -> None:
     eager, tosa, oracle = exact.eager(), engine(exact), OracleModel(exact.model, CONFIG)
     tokens = random_tokens(24 + 8 * 6 + 3)
-    start, turn, events = 0, 0, 0
-    while start < len(tokens):
-        count = min(SIZES[turn % len(SIZES)], eager.room, len(tokens) - start)
-        chunk = tokens[start : start + count]
-        want, got, plain = eager.prefill(chunk), tosa.prefill(chunk), oracle.read(chunk)
-        assert max(np.abs(want - got).max(), np.abs(plain - got).max()) <= 1e-4
-        assert want.argmax() == got.argmax()
-        if eager.room == 0:
-            eager.evict()
-            tosa.evict()
-            events += 1
-            np.testing.assert_array_equal(eager.survivors(), tosa.survivors())  # in the same slots
-            np.testing.assert_array_equal(oracle.positions(), np.sort(tosa.survivors(), axis=-1))
-        start, turn = start + count, turn + 1
-    assert events >= 5
+    assert compare(tosa, eager, oracle, tokens) >= 5
     other = tosa.another()
     assert (other.seen, tosa.seen) == (0, len(tokens))
 

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from executorch_artefact import ExecuTorchArtefact, make_executorch
 from factories import gated_model, random_tokens
-from onnx_artefact import feed, same
+from onnx_artefact import check_another, feed
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
@@ -116,16 +115,4 @@ def test_artefact_folder_may_move(artefact: ExecuTorchArtefact, tmp_path: Path) 
 
 
 def test_engines_of_one_model_do_not_share_their_streams(artefact: ExecuTorchArtefact) -> None:
-    """Two streams in turns, one after a reset: each as alone in an engine of its own."""
-    one = artefact.engine()
-    first, second = random_tokens(61, seed=1), random_tokens(53, seed=2)
-    feed(one, random_tokens(17), (1,))
-    other = one.another()
-    one.reset()
-    got: tuple[list[Any], list[Any]] = ([], [])
-    for start in range(0, 61, 5):
-        got[0].extend(feed(one, first[start : start + 5], (1,)))
-        got[1].extend(feed(other, second[start : start + 5], (1,)))
-    alone = [feed(artefact.engine(), tokens, (1,)) for tokens in (first, second)]
-    assert same(got[0], alone[0])
-    assert same(got[1], alone[1])
+    check_another(artefact.engine)

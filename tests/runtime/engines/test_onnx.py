@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from factories import gated_model, random_tokens
-from onnx_artefact import Artefact, feed, make_artefact, same, spread_gates
+from onnx_artefact import Artefact, check_another, feed, make_artefact, spread_gates
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
@@ -132,19 +132,7 @@ def test_the_attention_switch_is_back_as_it_was(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_engines_of_one_model_do_not_share_their_streams(artefact: Artefact) -> None:
-    """Two streams in turns, one after a reset: each as alone in an engine of its own."""
-    one = artefact.onnx()
-    first, second = random_tokens(61, seed=1), random_tokens(53, seed=2)
-    feed(one, random_tokens(17), (4,))
-    other = one.another()
-    one.reset()
-    got: tuple[list[Any], list[Any]] = ([], [])
-    for start in range(0, 61, 5):
-        got[0].extend(feed(one, first[start : start + 5], (1,)))
-        got[1].extend(feed(other, second[start : start + 5], (1,)))
-    alone = [feed(artefact.onnx(), tokens, (1,)) for tokens in (first, second)]
-    assert same(got[0], alone[0])
-    assert same(got[1], alone[1])
+    check_another(artefact.onnx)
 
 
 def test_engines_of_one_model_share_its_sessions(artefact: Artefact) -> None:
