@@ -13,7 +13,7 @@ from tqdm import tqdm
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
-from trimkv_edge.cli.run import encode_prompt, read_prompt, warn
+from trimkv_edge.cli.run import add_prompt, encode_prompt, read_prompt, warn
 from trimkv_edge.errors import ConfigError, TrimKVError
 from trimkv_edge.files import replace_text
 
@@ -49,10 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
-    add("stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from standard input")
-    add("--prompt", metavar="TEXT", help="the prompt itself")
-    add("--prompt-file", metavar="FILE", help="a UTF-8 file with the prompt (- for standard input)")
-    add("--chat", action="store_true", help="send the prompt as one user message through the artefact's chat template")
+    add_prompt(parser)
     out = parser.add_argument_group("output").add_argument
     out(
         "-o",

@@ -50,10 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
-    add("stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from standard input")
-    add("--prompt", metavar="TEXT", help="the prompt itself")
-    add("--prompt-file", metavar="FILE", help="a UTF-8 file with the prompt (- for standard input)")
-    add("--chat", action="store_true", help="send the prompt as one user message through the artefact's chat template")
+    add_prompt(parser)
     add("--session", type=Path, metavar="STATE", help="go on from a saved session, which stays as it is")
     add("--save-session", type=Path, metavar="STATE", help="save the session at the end, also after Ctrl-C")
     add_engine(parser)
@@ -113,6 +110,15 @@ def _prompt(args: argparse.Namespace) -> str | None:
         if args.prompt is None and args.prompt_file is None and args.stdin is None:
             return None
     return read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Where the prompt comes from: options that :func:`read_prompt` and :func:`encode_prompt` take."""
+    add = parser.add_argument
+    add("stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from standard input")
+    add("--prompt", metavar="TEXT", help="the prompt itself")
+    add("--prompt-file", metavar="FILE", help="a UTF-8 file with the prompt (- for standard input)")
+    add("--chat", action="store_true", help="send the prompt as one user message through the artefact's chat template")
 
 
 def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
