@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
-from trimkv_edge.engine import Engine, FloatArray, IntArray
+from trimkv_edge.engine import CacheState, Engine, FloatArray, IntArray
 from trimkv_edge.errors import StateError
 from trimkv_edge.export.reference import ReferenceWeights
 from trimkv_edge.kv_scales import KVScales
@@ -132,6 +132,10 @@ class LayerwiseReference(Engine):
             return self._kept[self._event - 1]
         first = np.arange(self.config.budget, dtype=np.int64)
         return np.broadcast_to(first, (self.num_layers, self.num_kv_heads, first.size))
+
+    def state(self) -> CacheState:
+        """The live entries; keys and values before an event are mapped files, not copies."""
+        return CacheState(self.seen, *self._read(), self.survivors())
 
     def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """At an event, right before or right after it."""

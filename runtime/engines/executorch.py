@@ -35,7 +35,8 @@ class ExecuTorchProgram(ArtefactEngine):
     Args:
         folder: the artefact.
         manifest, target: its manifest and the target to run.
-        threads: size of ExecuTorch's thread pool, which is one per process; default: as it is.
+        threads: size of ExecuTorch's thread pool and of torch's, in which some of its kernels run; there is one of each
+            in a process. Default: as they are.
 
     Raises:
         ConfigError: threads below 1, or a pool that does not take the size.
@@ -53,7 +54,7 @@ class ExecuTorchProgram(ArtefactEngine):
         with _native_log() as log:
             self._torch, self._binding = _import_executorch(kernels=target.ops == "xnnpack")
             if threads is not None:
-                _set_threads(self._binding, threads)
+                _set_threads(self._torch, self._binding, threads)
             self.threads = self._binding._threadpool_get_thread_count()
             self._methods = self._load(path, log)
         self._position, self._live, self._seen = (np.zeros(1, np.int64) for _ in range(3))
@@ -239,7 +240,8 @@ def _import_executorch(kernels: bool) -> tuple[ModuleType, ModuleType]:
     return torch, binding
 
 
-def _set_threads(binding: ModuleType, threads: int) -> None:
+def _set_threads(torch: ModuleType, binding: ModuleType, threads: int) -> None:
+    torch.set_num_threads(threads)
     binding._unsafe_reset_threadpool(threads)
     actual = binding._threadpool_get_thread_count()
     if actual != threads:

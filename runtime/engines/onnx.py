@@ -18,6 +18,7 @@ from trimkv_edge.errors import ArtefactError, TrimKVError, first_line
 from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
+from trimkv_edge.runtime.mapped import release_mapped
 from trimkv_edge.runtime.profile import OperatorTime, read_onnxruntime
 
 # The one place that says where graphs run.
@@ -82,6 +83,7 @@ class OnnxEngine(ArtefactEngine):
         self.threads = threads or physical_cores()
         self._decoder = self._load("decoder", self.threads)
         self._evictor = self._load("evict", self.threads)
+        release_mapped(folder)
         self._scales = self._load_scales()
         self._open_cache()
         self._check_inputs(self._file("decoder"), self._decoder, self._decoder_state())

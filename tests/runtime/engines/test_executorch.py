@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from executorch_artefact import ExecuTorchArtefact, make_executorch
 from factories import gated_model, random_tokens
 from onnx_artefact import check_another, feed
@@ -62,8 +63,9 @@ def test_threads(artefact: ExecuTorchArtefact) -> None:
     with pytest.raises(ConfigError, match="threads is 0"):
         artefact.engine(threads=0)
     engine = artefact.engine(threads=2)
-    assert engine._binding._threadpool_get_thread_count() == 2
+    assert (engine._binding._threadpool_get_thread_count(), torch.get_num_threads()) == (2, 2)
     artefact.engine(threads=1)
+    assert torch.get_num_threads() == 1
 
 
 def test_a_failed_step_is_not_counted(artefact: ExecuTorchArtefact) -> None:
