@@ -63,9 +63,7 @@ def add_page(app: FastAPI, pool: SlotPool, model: str, needs_key: bool) -> None:
 def _view(slot: Slot, conversation: str, session: Session) -> dict[str, Any] | None:
     # Until the look's turn came the slot may have passed to another chat, whose text is none of this one's business;
     # and a slot just claimed holds the chat before until its answer begins.
-    if slot.conversation != conversation or (slot.chat is not None and slot.chat.conversation != conversation):
-        return None
-    return memory_view(session)
+    return memory_view(session) if slot.conversation == slot.read_for == conversation else None
 
 
 def _file(text: str, kind: str) -> Any:

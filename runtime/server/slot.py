@@ -39,6 +39,7 @@ class Slot:
     Attributes:
         conversation: id of the chat that the slot was last given to, if the client gave one.
         chat: what the cache holds; None: nothing that can go on.
+        read_for: id of the chat whose text the cache holds, one that was broken off included.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Slot:
         self.worker = worker
         self.conversation: str | None = None
         self.chat: Chat | None = None
+        self.read_for: str | None = None
         self.busy = False
         self.used = 0
         self.claimed = 0.0
@@ -85,6 +87,7 @@ class Slot:
             otherwise the chat is forgotten and the next request reads everything.
         """
         tokens, goes_on = self._new_tokens(prompt)
+        self.read_for = self.conversation
         try:
             for _ in self.session.feeding(tokens):
                 check()

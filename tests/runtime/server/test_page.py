@@ -96,3 +96,14 @@ def test_a_chat_is_not_shown_to_the_next_one(server: Running) -> None:
     ask(server, said("the cat"), "dora")
     view = httpx.get(url, params={"conversation": "dora"}).json()
     assert "cat" in "".join(text for _, text, _ in view["tokens"])
+
+
+def test_a_chat_that_was_broken_off_is_not_shown_to_the_next_one(server: Running) -> None:
+    """Its text stays in the cache until another answer begins there, though no turn can go on from it."""
+    ask(server, said("a secret"), "erna")
+    slot = server.pool.find("erna")
+    assert slot is not None
+    slot.chat = None  # as an answer leaves it that did not come to its end
+    assert httpx.get(f"{server.url}/memory", params={"conversation": "erna"}).status_code == 200
+    slot.conversation = "fritz"  # as a claim does
+    assert httpx.get(f"{server.url}/memory", params={"conversation": "fritz"}).status_code == 404
