@@ -84,9 +84,9 @@ class EagerEngine(TorchEngine):
                 "read the stream again"
             )
         for layer in range(self.num_layers):
-            cache.key[layer][0] = torch.from_numpy(key[layer])
-            cache.value[layer][0] = torch.from_numpy(value[layer])
-        cache.log_beta[0] = torch.from_numpy(log_beta)
+            cache.key[layer][0][:, :live] = torch.from_numpy(key[layer])
+            cache.value[layer][0][:, :live] = torch.from_numpy(value[layer])
+        cache.log_beta[0][..., :live] = torch.from_numpy(log_beta)
         cache.positions[..., : kept.shape[-1]] = torch.from_numpy(kept)
         cache.positions[..., kept.shape[-1] : live] = torch.arange(seen - live, seen)[kept.shape[-1] :]
         cache.seen, cache.live = seen, live

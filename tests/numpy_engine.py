@@ -80,7 +80,7 @@ class NumpyEngine(Engine):
     def _write(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
-        self._key, self._value, self._log_beta = key.copy(), value.copy(), log_beta.copy()
+        self._key[:, :, :live], self._value[:, :, :live], self._log_beta[:, :, :live] = key, value, log_beta
         budget = self.config.budget
         self._positions[..., :budget] = kept
         if live > budget:

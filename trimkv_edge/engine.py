@@ -193,13 +193,9 @@ class Engine(ABC):
             raise StateError(f"the state's ring does not hold the newest tokens for a budget of {budget}")
         if exact:
             self._check_kept(state)
-        slots = self.config.slots
-        key, value = (np.zeros((*rows, slots, self.head_dim), np.float32) for _ in range(2))
-        log_beta = np.zeros((*rows, slots), np.float32)
         kept = np.broadcast_to(np.arange(budget, dtype=np.int64), (*rows, budget)).copy()
-        key[:, :, :live], value[:, :, :live], log_beta[:, :, :live] = state.key, state.value, state.log_beta
         kept[..., : min(live, budget)] = state.positions[..., :budget]
-        self._write(key, value, log_beta, kept, state.seen, live)
+        self._write(state.key, state.value, state.log_beta, kept, state.seen, live)
         self.seen, self.live = state.seen, live
 
     def _check_kept(self, state: CacheState) -> None:
@@ -238,4 +234,5 @@ class Engine(ABC):
     def _write(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
-        """Replaces the whole state; arrays as in :meth:`_read` and :meth:`_kept_positions`."""
+        """Replaces the state; arrays as in :meth:`_read`, but only ``live`` slots of them, and as in
+        :meth:`_kept_positions`. What lies behind those slots counts for nothing."""

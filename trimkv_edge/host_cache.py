@@ -177,14 +177,14 @@ class HostCache:
     def load(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
-        """Takes over a state that another cache made, all slots of it.
+        """Takes over a state that another cache made.
 
         Args:
-            key, value: ``[layers, kv_heads, M + B, head_dim]``; log_beta: ``[layers, kv_heads, M + B]``.
+            key, value: ``[layers, kv_heads, live, head_dim]``; log_beta: ``[layers, kv_heads, live]``.
             kept: positions of slots ``[0, M)``, ``[layers, kv_heads, M]``.
             seen, live: as the attributes.
         """
-        self.key[:], self.value[:], self.log_beta[:] = key, value, log_beta
+        self.key[:, :, :live], self.value[:, :, :live], self.log_beta[:, :, :live] = key, value, log_beta
         budget = self.config.budget
         self.positions[..., :budget] = kept
         # The ring holds the newest tokens, in order.

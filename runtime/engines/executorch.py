@@ -190,16 +190,18 @@ class ExecuTorchEngine(ExecuTorchProgram):
     def _write(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
-        tensor, block = self._torch.from_numpy, self._block
-        for start in self._blocks():
-            part = slice(start, start + block)
-            shape = (self.num_layers, -1, self.head_dim)
-            rows = (
-                np.ascontiguousarray(whole[:, :, part].transpose(0, 2, 1, 3)).reshape(shape) for whole in (key, value)
-            )
-            by_slot = np.ascontiguousarray(log_beta[:, :, part].transpose(2, 0, 1)).reshape(-1, 1)
+        tensor, layers = self._torch.from_numpy, self.num_layers
+        for start in (start for start in self._blocks() if start < live):
+            part = slice(start, start + self._block)
+            by_slot = np.zeros((self._block, layers, self.num_kv_heads), np.float32)
+            rows = [np.zeros((layers, self._block, self.num_kv_heads, self.head_dim), np.float32) for _ in range(2)]
+            count = min(live - start, self._block)
+            for made, whole in zip(rows, (key, value), strict=True):
+                made[:, :count] = whole[:, :, part].transpose(0, 2, 1, 3)
+            by_slot[:count] = log_beta[:, :, part].transpose(2, 0, 1)
             self._seen[0] = start
-            self._run("write_state", (*self._evict_inputs, *map(tensor, rows), tensor(by_slot)))
+            inputs = (*(array.reshape(layers, -1, self.head_dim) for array in rows), by_slot.reshape(-1, 1))
+            self._run("write_state", (*self._evict_inputs, *map(tensor, inputs)))
         self._run("write_kept", (tensor(np.ascontiguousarray(kept).reshape(self._rows, -1)),))
 
 

@@ -238,9 +238,9 @@ class OnnxEngine(ArtefactEngine):
         if self._scales:
             rows = to_int8(key, self._scales.key), to_int8(value, self._scales.value)
         for layer in range(self.num_layers):
-            self._arrays[f"{layer}.key"][0] = rows[0][layer]
-            self._arrays[f"{layer}.value"][0] = rows[1][layer]
-        self._arrays["log_beta"][:] = log_beta.transpose(2, 0, 1).reshape(self.config.slots, -1)
+            self._arrays[f"{layer}.key"][0][:, :live] = rows[0][layer]
+            self._arrays[f"{layer}.value"][0][:, :live] = rows[1][layer]
+        self._arrays["log_beta"][:live] = log_beta.transpose(2, 0, 1).reshape(live, -1)
         self._arrays["positions"][:] = kept.reshape(-1, self.config.budget)
 
 
