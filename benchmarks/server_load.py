@@ -144,10 +144,13 @@ def serving(folder: Path, args: Any) -> Iterator[tuple[str, psutil.Process]]:
             process.kill()
 
 
-async def load(url: str, server: psutil.Process, model: str, args: Any) -> tuple[list[Client], list[int], int]:
-    """All clients at the same time; the server's memory over time, and sessions left busy at the end."""
+async def load(
+    url: str, server: psutil.Process, model: str, args: Any
+) -> tuple[list[Client], list[tuple[int, int]], int]:
+    """All clients at the same time; the server's memory over time (all of it, and the copies that ``--undo`` holds),
+    and sessions left busy at the end."""
     limits = httpx.Limits(max_connections=None)
-    memory: list[int] = []
+    memory: list[tuple[int, int]] = []
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         clients = [
             Client(number, script(number, args), http, model, args.seed, args.restart) for number in range(args.clients)
@@ -156,7 +159,9 @@ async def load(url: str, server: psutil.Process, model: str, args: Any) -> tuple
         async def watch() -> None:
             while True:
                 await asyncio.sleep(1)
-                memory.append(server.memory_info().rss)
+                found = re.search(r"^trimkv_undo_bytes (\S+)", (await http.get("/metrics")).text, re.MULTILINE)
+                assert found is not None
+                memory.append((server.memory_info().rss, int(float(found[1]))))
                 done = sum(len(client.answers) for client in clients)
                 print(f"\r{done} of {args.clients * args.turns} turns", end="", file=sys.stderr, flush=True)
 
@@ -229,7 +234,9 @@ def main() -> None:
         "turns_per_s": round(len(seconds) / taken, 1),
         "ms_per_turn_median": round(1e3 * median(seconds), 1),
         "ms_per_turn_95": round(1e3 * seconds[int(0.95 * len(seconds))], 1),
-        "rss_mib_by_tenths": [round(mark / 2**20, 1) for mark in marks],
+        "rss_mib_by_tenths": [round(rss / 2**20, 1) for rss, _ in marks],
+        "undo_mib_by_tenths": [round(copies / 2**20, 1) for _, copies in marks],
+        "rss_without_undo_mib_by_tenths": [round((rss - copies) / 2**20, 1) for rss, copies in marks],
     }
     print("\n", json.dumps(result, indent=1), sep="")
     save(args.output, "server_load", [result])

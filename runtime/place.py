@@ -128,8 +128,9 @@ class Checkpoints:
     @property
     def nbytes(self) -> int:
         """Bytes held now, copies that places share counted once."""
-        copies = {id(copy): copy for _, copy in self._places if copy is not None}
-        return sum(place.nbytes for place, _ in self._places) + sum(map(state_bytes, copies.values()))
+        places = tuple(self._places)  # another thread may look
+        copies = {id(copy): copy for _, copy in places if copy is not None}
+        return sum(place.nbytes for place, _ in places) + sum(map(state_bytes, copies.values()))
 
 
 def state_bytes(state: CacheState) -> int:

@@ -85,7 +85,7 @@ class TosaEngine(HostEvictedEngine):
             given, status = self._reference.run(graph, stored, initialize_variable_tensor_from_numpy=True)
         if status != self._reference.GraphStatus.TOSA_VALID:
             raise StateError(f"the TOSA reference model refuses the graph ({status}): report this")
-        return {port.name: port.read(np.asarray(array)) for port, array in zip(border.outputs, given, strict=True)}
+        return {port.name: port.real(np.asarray(array)) for port, array in zip(border.outputs, given, strict=True)}
 
 
 @contextmanager

@@ -27,6 +27,8 @@ class Metrics:
         busy.set_function(lambda: pool.busy)
         waiting = Gauge("trimkv_requests_waiting", "Requests that wait for a session", registry=self._registry)
         waiting.set_function(lambda: len(line))
+        copies = Gauge("trimkv_undo_bytes", "Copies of caches that --undo holds", registry=self._registry)
+        copies.set_function(lambda: sum(slot.session.statistics().checkpoint_bytes for slot in pool.slots))
 
     def count(self, outcome: str, answer: Answer | None = None) -> None:
         """Notes the end of a request: ``ok``, ``stopped``, or an HTTP status."""

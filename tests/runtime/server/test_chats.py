@@ -61,6 +61,25 @@ def test_a_turn_that_breaks_off_leaves_the_chat_as_it_was(undo: int, monkeypatch
             assert reply.choices[0].message.content == answers(*TURNS)[2]
 
 
+@pytest.mark.parametrize("undo", [0, 1])
+def test_metrics_tell_what_undo_holds(undo: int) -> None:
+    def held() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("trimkv_undo_bytes")))
+
+    with running(1, undo=undo) as server:
+        engine = server.pool.slots[0].session.engine
+        talk(server, "anna", 1)
+        assert held() == 0
+        talk(server, "anna")
+        # Keys and values, a log-beta and a position for each entry; logits and a bit for each token.
+        entry = engine.num_layers * engine.num_kv_heads * (2 * 4 * engine.head_dim + 4 + 8)
+        place = 4 * engine.vocab_size + -(-engine.vocab_size // 8)
+        found = held() - undo * place
+        assert engine.seen > engine.config.slots
+        assert (found == 0) if not undo else (0 < found <= engine.config.slots * entry and found % entry == 0)
+
+
 def test_a_displaced_chat_goes_on_from_disk(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with running(1, store=store) as server:
