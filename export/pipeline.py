@@ -216,8 +216,8 @@ def _memory_to_run(
         # The runtime's device is a CPU, which multiplies float32 copies: as many bytes again as the file has, at least.
         packed = stored
     elif "onnx" in request.targets and scheme.weight_bits < 16:
-        # ONNX Runtime packs blocks of 32 with their scale and a sum; the file's scales stay mapped.
-        packed = shape.parameters * 2 * 4 // 32
+        # ONNX Runtime packs blocks of 32 with their scale and a sum, which the file does not have.
+        packed = shape.parameters * 4 // 32
     return replace(memory, workspace=memory.workspace + packed)
 
 
