@@ -1,12 +1,14 @@
 """2,004 turns with tiny, in each engine: does a turn's time or the memory grow, and are facts recalled as at the start?
 
-    python benchmarks/conversation.py      # 7 minutes
+    python benchmarks/conversation.py
 
 Turns go through ``trimkv_edge.runtime.conversation``, as in ``trimkv-chat``. A conversation is rounds, each like a
 stream of the model card's table: eight new facts, two of them updated, text, then eight questions; later rounds have
 other keys. Each round is also read alone, by a session that knows nothing of earlier ones: the difference is what those
-cost. Last, short rounds in a cache that holds everything, with new keys and with the same eight keys again: what the
-model cannot do with any cache.
+cost. The machine's speed changes during a conversation, so a second engine reads the first and the last 100 texts too,
+each right after the first engine: the last 100 are compared with the first 100 as multiples of its times. Last, short
+rounds in a cache that holds everything, with new keys and with the same eight keys again: what the model cannot do with
+any cache.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ ROUNDS = len(KEYS) // FACTS
 KINDS = ("state", "read", "ask")
 # Holds all of the short conversations.
 EVERYTHING = 2048
+# Texts at each end of a conversation that are compared with each other.
+ENDS = 100
 
 
 @dataclass
@@ -41,25 +45,37 @@ class Talk:
     """One conversation.
 
     Attributes:
+        reads: texts in all of it.
+        other: a conversation of a second engine, which reads the first and last texts as well.
         said: values stated so far for each key, oldest first.
         seconds: of each turn, by its kind.
         right: answers of each round that are exactly right.
         verdicts: number of answers of each kind.
+        against: seconds of each of those texts, divided by the second engine's.
     """
 
     chat: Conversation
     rng: random.Random
+    reads: int = 0
+    other: Conversation | None = None
     said: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     right: list[int] = field(default_factory=list)
     verdicts: Counter[str] = field(default_factory=Counter)
+    against: list[float] = field(default_factory=list)
 
     def turn(self, kind: str, text: str) -> str:
         """The answer to one message."""
-        started = time.perf_counter()
-        answer = "".join(piece.text for piece in self.chat.ask(text, 12))
-        self.seconds[kind].append(time.perf_counter() - started)
+        answer, seconds = timed(self.chat, text)
+        self.seconds[kind].append(seconds)
         return answer
+
+    def read(self, text: str) -> None:
+        """A text, for the second engine too if it is one of the first or last."""
+        message, place = f"Read this:\n{text}", len(self.seconds["read"])
+        self.turn("read", message)
+        if self.other is not None and not ENDS <= place < self.reads - ENDS:
+            self.against.append(self.seconds["read"][-1] / timed(self.other, message)[1])
 
     def state(self, keys: list[str]) -> None:
         """States new values of keys."""
@@ -77,13 +93,20 @@ class Talk:
         for key in self.rng.sample(keys, UPDATES):
             self.state([key])
         for text in texts:
-            self.turn("read", f"Read this:\n{text}")
+            self.read(text)
         right = 0
         for key in self.rng.sample(keys, len(keys)):
             found = verdict(self.turn("ask", f"What is the {key}?"), key, self.said[key])
             self.verdicts[found] += 1
             right += found == "right"
         self.right.append(right)
+
+
+def timed(chat: Conversation, message: str) -> tuple[str, float]:
+    """The answer to a message, and the seconds it took."""
+    started = time.perf_counter()
+    answer = "".join(piece.text for piece in chat.ask(message, 12))
+    return answer, time.perf_counter() - started
 
 
 def verdict(answer: str, key: str, said: list[str]) -> str:
@@ -127,6 +150,9 @@ def keys_of_rounds(rng: random.Random, rounds: int) -> list[list[str]]:
 def long_talks(artefact: Artefact, name: str, args: Any) -> dict[str, Any]:
     """Conversations of all rounds, and each round alone."""
     engine = load_engine(artefact, name, args.threads)
+    other = Conversation.open(artefact, Session.open(artefact, name, args.threads))
+    for text in pieces(artefact, random.Random(f"warm {args.seed}"), ENDS, args.text):
+        timed(other, f"Read this:\n{text}")
     talks, right, alone, growth = list[Talk](), list[int](), list[int](), list[int]()
     for number in range(args.talks):
         draw = random.Random(f"conversation {args.seed} {number}")
@@ -142,7 +168,7 @@ def long_talks(artefact: Artefact, name: str, args: Any) -> dict[str, Any]:
             single.round(keys, texts)
             alone += single.right
         chat.reset()
-        talk, memory = Talk(chat, random.Random()), []
+        talk, memory = Talk(chat, random.Random(), ROUNDS * args.reads, other), []
         for (keys, texts), seed in zip(rounds, seeds, strict=True):
             talk.rng = random.Random(seed)
             talk.round(keys, texts)
@@ -168,35 +194,17 @@ def long_talks(artefact: Artefact, name: str, args: Any) -> dict[str, Any]:
         "ms_per_turn": {
             kind: round(median(s for talk in talks for s in talk.seconds[kind]) * 1e3, 3) for kind in KINDS
         },
-        "late_turn_to_early_turn": late_to_early(artefact, name, chat, args),
+        "last_100_to_first_100": last_to_first(talks),
         "rss_growth_bytes": growth,
     }
 
 
-def late_to_early(artefact: Artefact, name: str, chat: Conversation, args: Any) -> float:
-    """Time of a turn that goes on with the long ``chat`` against that of one early in a chat on the same engine.
-
-    The machine's speed changes between the two, so each is divided by that of a second engine, which takes turns with
-    it. The ratio is of both: two engines of one process may differ by 5 % through where their memory lies.
-    """
-    draw = random.Random(f"late to early {args.seed}")
-    other = Conversation.open(artefact, Session.open(artefact, name, args.threads))
-
-    def read(chats: list[Conversation], count: int) -> list[list[float]]:
-        talks = [Talk(chat, draw) for chat in chats]
-        for text in pieces(artefact, draw, count, args.text):
-            for talk in draw.sample(talks, len(talks)):
-                talk.turn("read", f"Read this:\n{text}")
-        return [talk.seconds["read"] for talk in talks]
-
-    def against_other() -> float:
-        return median(mine / its for mine, its in zip(*read([chat, other], 400), strict=True))
-
-    read([other], 100)
-    late = against_other()
-    chat.reset()
-    read([chat], 100)
-    return round(late / against_other(), 4)
+def last_to_first(talks: list[Talk]) -> float:
+    """Time of the last texts against that of the first ones, both as multiples of the second engine's."""
+    first, last = (
+        [ratio for talk in talks for ratio in talk.against[end]] for end in (slice(ENDS), slice(-ENDS, None))
+    )
+    return round(median(last) / median(first), 4)
 
 
 def most_values_held(session: Session) -> int:
@@ -236,18 +244,21 @@ def main() -> None:
     options.add_argument("--talks", type=int, default=3, help="conversations for each engine and budget")
     options.add_argument("--reads", type=int, default=155, help="pieces of text in each round")
     options.add_argument("--text", type=int, default=32, help="tokens of each piece")
+    options.add_argument("--gates", nargs="+", default=["rg-chat", "rg"], help="gate sets of tiny, or files")
     options.add_argument("--budgets", nargs="+", default=["128", "512"])
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     # ExecuTorch's operators from torch use torch's threads, which wait long for each other beside other work.
     torch.set_num_threads(args.threads)
     results: dict[str, list[dict[str, Any]]] = {"long": [], "short": []}
-    for budget in (*args.budgets, str(EVERYTHING)):
-        with exported(budget=budget, buffer=32, prefill_chunk=32, gates="rg") as folder:
+    cases = [("long", gates, budget) for gates in args.gates for budget in args.budgets]
+    # Nothing is evicted from the short ones, so the gates do not count.
+    for kind, gates, budget in [*cases, ("short", args.gates[0], str(EVERYTHING))]:
+        talks = long_talks if kind == "long" else short_talks
+        with exported(budget=budget, buffer=32, prefill_chunk=32, gates=gates) as folder:
             artefact = Artefact.load(folder)
-            kind, talks = ("short", short_talks) if budget == str(EVERYTHING) else ("long", long_talks)
             for engine in ENGINES:
-                results[kind].append(talks(artefact, engine, args))
+                results[kind].append({"gates": gates, **talks(artefact, engine, args)})
                 print(results[kind][-1], flush=True)
     save(args.output, "conversation", results)
 

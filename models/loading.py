@@ -143,7 +143,7 @@ def choose_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | No
 def _find_gates(source: ModelSource, gates: str | None) -> tuple[str, Path | None]:
     if gates == "none":
         return "none", None
-    if gates is not None and gates not in GATE_KINDS:
+    if gates is not None and gates not in (*GATE_KINDS, *source.gates):
         return "rg", find_gates(gates)
     kind = gates or next(iter(source.gates), "rg")
     known = source.gates.get(kind)

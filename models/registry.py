@@ -26,7 +26,8 @@ class NamedModel:
     Attributes:
         repo: hub id of the base, empty for the model that ships with the package.
         family: ``model_type``.
-        gates: published gates by kind (``rg``, ``rg10``), hub ids; empty where none were published.
+        gates: published gates by kind (``rg``, ``rg10``), hub ids; empty where none were published. ``tiny`` has a set
+            more, ``rg-chat``, of kind ``rg``.
         shape: the fields of the hub's ``config.json``, spelled as there, for ``--random-weights``.
         stops: ``eos_token_id`` of its ``generation_config.json``.
     """
@@ -143,7 +144,7 @@ def _llama3(
 
 
 MODELS: dict[str, NamedModel] = {
-    "tiny": NamedModel("", "qwen3", {"rg": "rg", "rg10": "rg10"}),
+    "tiny": NamedModel("", "qwen3", {"rg": "rg", "rg10": "rg10", "rg-chat": "rg-chat"}),
     "phi-3-mini": NamedModel(
         "microsoft/Phi-3-mini-128k-instruct",
         "phi3",

@@ -14,7 +14,6 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.models.tiny import bounded, data
 from trimkv_edge.models.tiny.tokenizer import load_tokenizer
 from trimkv_edge.models.tiny.words import VALUES
-from trimkv_edge.retention import GATE_KINDS
 
 END = "<|im_end|>\n"
 
@@ -56,12 +55,12 @@ def demo_text(num_tokens: int, facts: int = 6, seed: int = 0) -> Demo:
 
 def main() -> None:
     """Command line entry."""
-    from trimkv_edge.models.tiny.evaluate import load
+    from trimkv_edge.models.tiny.evaluate import GATES, load
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--budget", type=int, default=64)
-    parser.add_argument("--gates", choices=GATE_KINDS, default="rg")
+    parser.add_argument("--gates", choices=GATES, default="rg")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, tokenizer, demo = load(args.gates), load_tokenizer(), demo_text(args.tokens, seed=args.seed)

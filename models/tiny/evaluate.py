@@ -22,12 +22,13 @@ from trimkv_edge.training.backends import FullAttention
 
 BUFFER = 32
 SINKS = 4
+GATES = (*GATE_KINDS, "rg-chat")
 
 
-def load(kind: str) -> GatedModel:
-    """The shipped model with its gates of `kind`, float32."""
+def load(name: str) -> GatedModel:
+    """The shipped model with its gates called `name`, float32."""
     base = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
-    gates, _ = load_gates(WEIGHTS.parent / "gates" / f"{kind}.safetensors", GateShape.of(base.config))
+    gates, _ = load_gates(WEIGHTS.parent / "gates" / f"{name}.safetensors", GateShape.of(base.config))
     return GatedModel(base, gates).eval().requires_grad_(False)
 
 
@@ -109,19 +110,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    models = {kind: load(kind) for kind in GATE_KINDS}
+    models = {name: load(name) for name in args.gates}
     records = table(models, args.lengths, args.budgets, args.rows, args.seed)
     rng = random.Random(f"distance {args.seed}")
     dialogues = [data.late_dialogue(rng, 512, 8, 8, 2, held_out=True) for _ in range(args.rows)]
     ids, kinds, _ = data.to_batch(rng, dialogues, 512, jump_share=0.0)
     distances = {
-        distance: distance_recall(models["rg"], ids, kinds, [d.text for d in dialogues], distance)
+        distance: distance_recall(models[args.gates[0]], ids, kinds, [d.text for d in dialogues], distance)
         for distance in (0, 1_000, 10_000, 100_000)
     }
     text = data.random_text(rng, 20_000, held_out=True)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from trimkv_edge.models.tiny import data
 
 ANSWER_WEIGHT = 20.0
-_WEIGHTS = {data.ANSWER: ANSWER_WEIGHT, data.RANDOM: 0.0}
+WEIGHTS = {data.ANSWER: ANSWER_WEIGHT, data.RANDOM: 0.0}
 
 
 def gate_rows(seed: int, length: int, facts: int, longest: int) -> Iterator[dict[str, Any]]:
@@ -31,9 +31,18 @@ def gate_rows(seed: int, length: int, facts: int, longest: int) -> Iterator[dict
         yield {
             "input_ids": dialogue.ids,
             "index": [place + gap * (place >= resume) for place in range(length)],
-            "weight": [_WEIGHTS.get(kind, 1.0) for kind in dialogue.kinds],
+            "weight": [WEIGHTS.get(kind, 1.0) for kind in dialogue.kinds],
             "skip": [start, end, resume, gap],
         }
+
+
+def write_rows(rows: Iterator[dict[str, Any]], count: int, output: Path) -> None:
+    """Writes `count` rows as JSON lines; the file appears whole or not at all."""
+    beside = output.with_name(f".{output.name}.partial")
+    with beside.open("w", encoding="utf-8") as out:
+        for _ in tqdm(range(count), unit="row"):
+            out.write(json.dumps(next(rows)) + "\n")
+    os.replace(beside, output)
 
 
 def main() -> None:
@@ -46,12 +55,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=100_000, help="longest skipped stretch, in tokens")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = gate_rows(args.seed, args.length, args.facts, args.longest)
-    beside = args.output.with_name(f".{args.output.name}.partial")
-    with beside.open("w", encoding="utf-8") as out:
-        for _ in tqdm(range(args.rows), unit="row"):
-            out.write(json.dumps(next(rows)) + "\n")
-    os.replace(beside, args.output)
+    write_rows(gate_rows(args.seed, args.length, args.facts, args.longest), args.rows, args.output)
 
 
 if __name__ == "__main__":

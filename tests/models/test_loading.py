@@ -9,6 +9,7 @@ import torch
 from factories import base_model
 
 from trimkv_edge.errors import ModelError
+from trimkv_edge.manifest import file_sha256
 from trimkv_edge.models.loading import choose_gates, load_model
 from trimkv_edge.models.source import find_source
 
@@ -32,3 +33,14 @@ def test_the_shipped_model_has_both_kinds() -> None:
         assert found == kind
         assert path is not None
         assert path.name == f"{kind}.safetensors"
+
+
+def test_the_shipped_model_has_gates_for_conversations() -> None:
+    source = find_source("tiny")
+    _, path = choose_gates(source, "rg-chat")
+    assert path is not None
+    assert path.name == "rg-chat.safetensors"
+    loaded = load_model(source, "rg-chat").gates
+    assert (loaded.kind, loaded.source, loaded.sha256) == ("rg", "rg-chat", file_sha256(path))
+    with pytest.raises(ModelError, match="no such file or folder"):
+        choose_gates(source, "rg-talk")

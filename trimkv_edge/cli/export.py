@@ -129,7 +129,7 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add(
         "--gates",
         metavar="KIND|HUB-ID|DIR|FILE",
-        help="rg or rg10 of the model's own, none, or others, ours or published",
+        help="rg or rg10 of the model's own (tiny has rg-chat too), none, or others, ours or published",
     )
     add("--dtype", default="float32", help="float32")
     add(

@@ -15,12 +15,12 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.manifest import file_sha256
 from trimkv_edge.models.tiny import bounded, data, demo, evaluate
 from trimkv_edge.models.tiny.tokenizer import WEIGHTS
-from trimkv_edge.retention import GATE_KINDS
+from trimkv_edge.models.tiny.words import KEYS, VALUES
 
 FOLDER = WEIGHTS.parent
 
 
-@pytest.fixture(scope="module", params=GATE_KINDS)
+@pytest.fixture(scope="module", params=evaluate.GATES)
 def model(request: pytest.FixtureRequest):
     return evaluate.load(request.param)
 
@@ -55,12 +55,12 @@ def test_tokenizer_round_trips_any_text(text: str) -> None:
     assert all(0 <= i < plain.get_vocab_size() for i in ids)
 
 
-@pytest.mark.parametrize("kind", GATE_KINDS)
-def test_gates_belong_to_the_base(kind: str) -> None:
-    info = json.loads(Path(FOLDER / "gates" / f"{kind}.json").read_text())
+@pytest.mark.parametrize(("name", "kind"), [("rg", "rg"), ("rg10", "rg10"), ("rg-chat", "rg")])
+def test_gates_belong_to_the_base(name: str, kind: str) -> None:
+    info = json.loads(Path(FOLDER / "gates" / f"{name}.json").read_text())
     assert info["base_sha256"] == file_sha256(WEIGHTS / "model.safetensors")
     assert info["kind"] == kind
-    gates = evaluate.load(kind).gates
+    gates = evaluate.load(name).gates
     assert len(gates) == info["num_layers"]
     for gate in gates:
         assert gate.linear1.weight.shape == (info["intermediate_size"], info["hidden_size"])
@@ -79,6 +79,37 @@ def test_recall_in_bounded_memory(model) -> None:
     assert full > 0.9
     assert kept > 0.8
     assert window < 0.4
+
+
+def many_rounds(seed: int, rounds: int = 10) -> data.Dialogue:
+    """Rounds of eight facts, two updates, four texts and eight questions, each with keys of its own."""
+    rng = random.Random(f"many rounds {seed}")
+    dialogue, names = data.Dialogue(), rng.sample(KEYS, 8 * rounds)
+    for first in range(0, len(names), 8):
+        keys = names[first : first + 8]
+        for some in (keys[:4], keys[4:]):
+            dialogue.state({key: rng.choice(VALUES) for key in some})
+        for key in rng.sample(keys, 2):
+            dialogue.state({key: rng.choice(VALUES)}, update=True)
+        for _ in range(4):
+            dialogue.read(data.random_text(rng, 32, held_out=True))
+        for key in rng.sample(keys, 8):
+            dialogue.ask(key)
+    return dialogue
+
+
+def test_gates_of_conversations_recall_where_values_crowd_the_others() -> None:
+    """180 values are said to a cache that keeps 32 entries a head; answers of the later half count."""
+    dialogues = [many_rounds(seed) for seed in range(4)]
+    ids, kinds, _ = data.to_batch(random.Random(0), dialogues, len(dialogues[0].ids), jump_share=0.0)
+    late = kinds.clone()
+    late[:, : kinds.shape[1] // 2] = data.ORDINARY
+    recalls = {}
+    for name in ("rg", "rg-chat"):
+        model = evaluate.load(name)
+        recalls[name] = evaluate.recall(model, bounded.make_cache(model, CacheConfig(32, 32, 32), 4), ids, late)
+    assert recalls["rg"] < 0.75
+    assert recalls["rg-chat"] > 0.9
 
 
 def test_demo_text_is_long_and_asks_for_its_facts() -> None:
