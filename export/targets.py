@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.export.backends import BACKENDS, UNSUPPORTED, Backend
+from trimkv_edge.export.backends import BACKENDS, NOT_TOLD, UNSUPPORTED, X86, Backend, Ran
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.reference import Rounding, exact
 from trimkv_edge.host_eviction import require_host
@@ -65,6 +65,7 @@ class TargetSpec:
         check: raises :class:`TrimKVError` for cache settings that the target cannot have, or a package it lacks.
         runs: an engine here runs it, so that it can be verified.
         rounds: operator sets whose activations have few bits: agreement is measured and told, but not required.
+        ran: what its files are for and where they were executed.
     """
 
     ops: tuple[str, ...]
@@ -76,6 +77,7 @@ class TargetSpec:
     check: Callable[[CacheConfig], None] = lambda config: None
     runs: bool = True
     rounds: tuple[str, ...] = ()
+    ran: Ran = NOT_TOLD
 
 
 def _executorch(job: Job) -> Target:
@@ -161,7 +163,9 @@ def _backend(name: str, backend: Backend) -> TargetSpec:
         require_host(config)
         backend.require(name)
 
-    return TargetSpec(backend.precisions, backend.export, check=check, runs=backend.runs, rounds=backend.rounds)
+    return TargetSpec(
+        backend.precisions, backend.export, check=check, runs=backend.runs, rounds=backend.rounds, ran=backend.ran
+    )
 
 
 TARGETS: dict[str, TargetSpec] = {
@@ -170,9 +174,22 @@ TARGETS: dict[str, TargetSpec] = {
         _executorch,
         _executorch_rounding,
         with_rounded_activations=_executorch_reference,
+        ran=Ran("CPUs", "ExecuTorch's runtime", device=X86),
     ),
-    "onnx": TargetSpec(("gqa", "standard"), _onnx, _onnx_rounding, ("float32", "float16", "int8"), _onnx_float),
-    "host-evicted": TargetSpec(("rows",), _host_evicted, check=require_host),
+    "onnx": TargetSpec(
+        ("gqa", "standard"),
+        _onnx,
+        _onnx_rounding,
+        ("float32", "float16", "int8"),
+        _onnx_float,
+        ran=Ran("CPUs", "ONNX Runtime", device=X86),
+    ),
+    "host-evicted": TargetSpec(
+        ("rows",),
+        _host_evicted,
+        check=require_host,
+        ran=Ran("hosts in any language, NPU compilers", "ONNX Runtime", device=X86),
+    ),
     **{name: _backend(name, backend) for name, backend in BACKENDS.items()},
 }
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trimkv_edge.errors import ArtefactError, ConfigError
 from trimkv_edge.files import replace_text
-from trimkv_edge.host_encoding import Encoding
+from trimkv_edge.host_border import Encoding
 
 FORMAT = 1
 

@@ -1,4 +1,4 @@
-"""What enters and leaves a compiled graph, in order, and in which numbers. No torch."""
+"""What enters and leaves a compiled graph: in which numbers, and in which order. No torch."""
 
 from __future__ import annotations
 
@@ -12,41 +12,65 @@ import numpy.typing as npt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trimkv_edge.engine import FloatArray
-from trimkv_edge.errors import ArtefactError
+from trimkv_edge.errors import ArtefactError, ConfigError
 from trimkv_edge.files import replace_text
 
+DTYPES = ("float32", "int8", "int16", "uint8", "uint16")
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
-class Port:
-    """One tensor at the border of a graph.
+class Encoding:
+    """``real = (stored - zero_point) * scale``; float32 is stored as it is.
 
     Attributes:
-        name: as in :mod:`trimkv_edge.export.host_evicted`.
-        dtype: ``float32``, ``int8`` or ``int16``.
-        scale, zero_point: a real number is ``(stored - zero_point) * scale``; 1 and 0 for float32.
+        dtype: one of :data:`DTYPES`.
+        scale: above 0; zero_point: within the type. 1 and 0 for float32.
+
+    Raises:
+        ConfigError: out of range.
     """
 
     __pydantic_config__ = _STRICT
-    name: str
     dtype: str
     scale: float = 1.0
     zero_point: int = 0
 
-    def store(self, numbers: FloatArray) -> npt.NDArray[Any]:
-        """float32 -> what the graph takes, rounded to even and cut to the range of its type."""
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"an encoding's type is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
         if self.dtype == "float32":
-            return numbers
+            if (self.scale, self.zero_point) != (1, 0):
+                raise ConfigError(
+                    f"float32 has scale {self.scale} and zero point {self.zero_point}, but must have 1, 0"
+                )
+            return
+        if not (self.scale > 0 and np.isfinite(self.scale)):
+            raise ConfigError(f"an encoding's scale is {self.scale}, but must be above 0")
         limits = np.iinfo(self.dtype)
-        rounded = np.rint(numbers.astype(np.float64) / self.scale) + self.zero_point
+        if not limits.min <= self.zero_point <= limits.max:
+            raise ConfigError(f"an encoding's zero point is {self.zero_point}, which {self.dtype} does not hold")
+
+    def store(self, real: FloatArray) -> npt.NDArray[Any]:
+        """The nearest integers, ties to even; what is out of range becomes the end of the range."""
+        if self.dtype == "float32":
+            return real
+        limits = np.iinfo(self.dtype)
+        rounded = np.rint(real.astype(np.float64) / self.scale) + self.zero_point
         return np.clip(rounded, limits.min, limits.max).astype(self.dtype)
 
-    def read(self, stored: npt.NDArray[Any]) -> FloatArray:
-        """What the graph gave -> float32."""
+    def real(self, stored: npt.NDArray[Any]) -> FloatArray:
+        """float32."""
         if self.dtype == "float32":
             return stored.astype(np.float32, copy=False)
         return ((stored.astype(np.float64) - self.zero_point) * self.scale).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port(Encoding):
+    """One tensor at the border of a graph; ``name`` as in :mod:`trimkv_edge.export.host_evicted`."""
+
+    name: str
 
 
 @dataclass(frozen=True)

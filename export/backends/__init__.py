@@ -18,6 +18,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """What a target's files are for and where they were executed, as the table in README.md says.
+
+    Attributes:
+        made_for: the device.
+        here: what executes them where this project is tested; empty: nothing does.
+        simulates: that is a model of the device, not the device.
+        device: one of those that they are made for, on which they ran; empty: they never did.
+    """
+
+    made_for: str
+    here: str = ""
+    simulates: bool = False
+    device: str = ""
+
+
+NOT_TOLD = Ran("")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Another program that runs a target's files.
+
+    Attributes:
+        target: that it runs; ran: where it was executed.
+        command: starts it with the artefact ``artefacts/tiny``, in a clone of the repository.
+    """
+
+    target: str
+    ran: Ran
+    command: str
+
+
+@dataclass(frozen=True)
 class Backend:
     """One ``--target``.
 
@@ -28,6 +62,8 @@ class Backend:
         install: the command that installs them.
         rounds: precisions whose activations have few bits, so that results cannot be equal.
         runs: an engine of the same name runs its files here. Otherwise it is compiled only: for a device, never run.
+        ran: what its files are for and where they were executed.
+        left: compute nodes that its compiler leaves to the CPU; an export that finds others fails.
     """
 
     path: str
@@ -36,6 +72,8 @@ class Backend:
     install: str = ""
     rounds: tuple[str, ...] = ()
     runs: bool = False
+    ran: Ran = NOT_TOLD
+    left: str = "none"
 
     def export(self, job: Job) -> Target:
         """Writes the target into the artefact's folder."""
@@ -57,8 +95,17 @@ _ARM = "pip install --no-deps tosa-tools==2026.5.0 ethos-u-vela==5.1.0"  # see d
 _COREML = "pip install 'trimkv-edge[coreml]'"
 _LITERT = "pip install 'trimkv-edge[litert-export]'"
 
+X86 = "CPU, Linux x86-64"
+
 BACKENDS: dict[str, Backend] = {
-    "litert": Backend("litert:export_litert", ("fp32",), ("litert_torch",), _LITERT, runs=True),
+    "litert": Backend(
+        "litert:export_litert",
+        ("fp32",),
+        ("litert_torch",),
+        _LITERT,
+        runs=True,
+        ran=Ran("CPUs, through LiteRT", "LiteRT's interpreter", device=X86),
+    ),
     "npu:hexagon": Backend(
         "hexagon:export_hexagon",
         ("fp16", "a16w8", "a8w8", "a16w4"),
@@ -66,18 +113,50 @@ BACKENDS: dict[str, Backend] = {
         "pip install 'trimkv-edge[hexagon]' (its libraries have Qualcomm's licence, docs/npu.md)",
         ("a16w8", "a8w8", "a16w4"),
         runs=True,
+        ran=Ran("Qualcomm's Hexagon NPU, v73 to v79", "Qualcomm's emulator of it", simulates=True),
     ),
-    "npu:coreml": Backend("coreml:export_coreml", ("fp16", "c4w"), ("coremltools",), _COREML),
-    "npu:ethos-u85": Backend("ethos_u85:export_ethos_u85", ("int8", "a16w8"), ("tosa_serializer", "ethosu"), _ARM),
+    "npu:coreml": Backend(
+        "coreml:export_coreml",
+        ("fp16", "c4w", "8a8w"),
+        ("coremltools",),
+        _COREML,
+        rounds=("8a8w",),
+        ran=Ran("Apple's CoreML, iOS 18"),
+        left="none when compiled; Core ML decides on the device",
+    ),
+    "npu:coreml-stateful": Backend(
+        "coreml_stateful:export_coreml_stateful",
+        ("fp16", "c4w"),
+        ("coremltools",),
+        _COREML,
+        ran=Ran("Apple's CoreML, iOS 18"),
+        left="none when compiled; Core ML decides on the device",
+    ),
+    "npu:ethos-u85": Backend(
+        "ethos_u85:export_ethos_u85",
+        ("int8", "a8w4", "a16w8"),
+        ("tosa_serializer", "ethosu"),
+        _ARM,
+        ran=Ran("Arm's Ethos-U85, 256 MACs"),
+    ),
     "tosa": Backend(
         "tosa:export_tosa",
-        ("fp32", "int8", "a16w8"),
+        ("fp32", "int8", "a8w4", "a16w8"),
         ("tosa_serializer", "tosa_reference_model"),
         _ARM,
-        ("int8", "a16w8"),
+        ("int8", "a8w4", "a16w8"),
         runs=True,
+        ran=Ran("what takes Arm's TOSA 1.0", "Arm's reference model of TOSA", simulates=True),
     ),
-    "vulkan": Backend("vulkan:export_vulkan", ("fp32", "fp16")),
+    "vulkan": Backend("vulkan:export_vulkan", ("fp32", "fp16"), ran=Ran("GPUs of phones, through ExecuTorch")),
+}
+
+HOSTS: dict[str, Host] = {
+    "web": Host(
+        "host-evicted",
+        Ran("browsers and Node", "onnxruntime-web (WebAssembly)", device="Chromium and Node, Linux x86-64"),
+        "cd examples/web && npm ci --ignore-scripts && npm start -- ../../artefacts/tiny",
+    ),
 }
 
 # Names that people look for, and why they are not here; docs/npu.md says how each was tried.

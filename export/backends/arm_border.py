@@ -48,7 +48,7 @@ def _is(node: Node, name: str) -> bool:
 
 def _port(name: str, node: Node) -> Port:
     if not _is(node, "quantize_per_tensor"):  # dequantize_per_tensor too
-        return Port(name, "float32")
+        return Port("float32", name=name)
     made: Any = node.args
     scale, zero_point, _, _, dtype = made[1:6]
-    return Port(name, _DTYPES[dtype], float(scale), int(zero_point))
+    return Port(_DTYPES[dtype], float(scale), int(zero_point), name=name)

@@ -7,7 +7,6 @@ integers when it comes back, so the cache is rounded once, not in each step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.fx import GraphModule
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import VerificationError
+from trimkv_edge.export.backends.arm_recipes import rounding
 from trimkv_edge.export.backends.lowering import quiet, traced, zeros
 from trimkv_edge.export.host_evicted import HostEvicted
 from trimkv_edge.export.targets import Job
@@ -26,9 +26,6 @@ from trimkv_edge.host_cache import HostCache, Rotary, padded
 
 # What the mask adds to hidden slots where it has 8 bits: -10,000 would make its step 39.
 MASKED_IN_BITS = -30.0
-# Smallest scale of activations in 16 bits. Arm's own 2**-12 leaves a norm's mean of squares in the first of the 512
-# intervals of the table that takes its inverse root.
-_SMALLEST = 2.0**-24
 
 
 def quantized(
@@ -43,48 +40,28 @@ def quantized(
 
     Args:
         counts: tokens of each graph by its name.
-        precision: ``int8``, or ``a16w8``: activations in 16 bits.
+        precision: see :mod:`~trimkv_edge.export.backends.arm_recipes`.
         quantizer: makes one of the device.
         tokens: the stream that ranges are taken from; longer than a full cache, so that it evicts.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    rounding = _rounding(precision)
+    recipe = rounding(precision, module.names()[1])
     prepared: dict[str, GraphModule] = {}
     cached: dict[str, nn.Module] = {}
     with quiet():
         for name, count in counts.items():
             annotator = quantizer()
-            annotator.set_global(rounding)
+            annotator.set_global(recipe)
             # Guards are a submodule that Arm's passes do not know.
             prepared[name] = prepare_pt2e(traced(module, config, count).module(check_guards=False), annotator)
             _share_scales(prepared[name], module, cached)
         for name, count in counts.items():
-            _calibrate(prepared[name], module, config, count, tokens)
+            calibrate(prepared[name], module, config, count, tokens)
         return {
             name: torch.export.export(convert_pt2e(graph), zeros(module, config, counts[name]), strict=False)
             for name, graph in prepared.items()
         }
-
-
-def _rounding(precision: str) -> Any:
-    """Arm's configuration; in 16 bits with ranges twice those that calibration saw, since clipping costs more there."""
-    from executorch.backends.arm.quantizer import (
-        get_symmetric_a16w8_quantization_config,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.observer import MinMaxObserver
-
-    class Wide(MinMaxObserver):  # type: ignore[misc]
-        def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-            scale, zero_point = super().calculate_qparams()
-            return 2 * scale, zero_point
-
-    if precision == "int8":
-        return get_symmetric_quantization_config()
-    found = get_symmetric_a16w8_quantization_config()
-    activation = replace(found.input_activation, observer_or_fake_quant_ctr=Wide.with_args(eps=_SMALLEST))
-    return replace(found, input_activation=activation, output_activation=activation)
 
 
 def tokens_for(job: Job) -> list[int]:
@@ -111,12 +88,15 @@ def _share_scales(prepared: GraphModule, module: HostEvicted, cached: dict[str, 
         (seen,) = (user for user in node.users if user.op == "call_module")
         if leaving.op != "call_module":
             raise VerificationError(f"output {name.replace('past.', 'new.')} is not rounded: report this")
-        leaving.target = seen.target
-        setattr(prepared, seen.target, cached.setdefault(name, getattr(prepared, seen.target)))
+        shared = cached.setdefault(name, getattr(prepared, seen.target))
+        for one in {id(getattr(prepared, node.target)) for node in (seen, leaving)}:
+            # All that has this observer: what only arranges a tensor has the scale of what it reads.
+            for place in [place for place, part in prepared.named_children() if id(part) == one]:
+                setattr(prepared, place, shared)
     prepared.recompile()
 
 
-def _calibrate(
+def calibrate(
     prepared: GraphModule, module: HostEvicted, config: CacheConfig, count: int, tokens: Sequence[int]
 ) -> None:
     """Reads ``tokens`` as a host does; observers note every range, and do not change the numbers."""

@@ -4,7 +4,8 @@ Methods ``decode`` and ``prefill`` take and give the tensors of :mod:`trimkv_edg
 float32; inside, all is float16. Both are functions of one CoreML model that share their weights.
 
 ``fp16``: float16 weights. ``c4w``: linear layers in 4 bits with a scale for each output channel, which is what Apple's
-Neural Engine takes; embedding, norms and gates as in ``fp16``.
+Neural Engine takes; embedding, norms and gates as in ``fp16``. ``8a8w``: linear layers whose inputs and weights have 8
+bits, the rest as in ``fp16``.
 """
 
 from __future__ import annotations
@@ -15,27 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimkv_edge.export.backends.coreml_package import read_package
-from trimkv_edge.export.backends.lowering import (
-    check_job,
-    chunks,
-    lower,
-    quiet,
-    save_host,
-    save_program,
-    save_report,
-    staged,
-    tokens,
-    traced,
-    whole,
-)
+from trimkv_edge.export.backends.coreml_package import GATE, Wanted, read_package
+from trimkv_edge.export.backends.lowering import quiet, traced
+from trimkv_edge.export.backends.one_program import Programs, export_program
 from trimkv_edge.export.host_evicted import HostEvicted
 from trimkv_edge.export.targets import Job
 from trimkv_edge.manifest import Target
-from trimkv_edge.models.skeleton import filled
 
 TARGET = "npu:coreml"
-PROGRAM, CONSTANTS, REPORT = "coreml.pte", "coreml_host.json", "coreml_report.json"
 
 
 def export_coreml(job: Job) -> Target:
@@ -45,23 +33,23 @@ def export_coreml(job: Job) -> Target:
         ConfigError: a setting that a host does not run.
         VerificationError: CoreML does not take all of a graph, or the compiled model is not what was asked for.
     """
-    check_job(TARGET, job.config, job.scheme.weight_bits)
-    module = HostEvicted(filled(job.model, job.weights))
-    counts = chunks(job.config)
-    job.say(f"{TARGET}: compiling for {' and '.join(map(tokens, counts.values()))}")
-    with staged(job.folder) as scratch:
-        files = save_host(module.model, job.weights, scratch, CONSTANTS)
+
+    def trace(module: HostEvicted, counts: dict[str, int]) -> Programs:
+        if job.ops == "8a8w":
+            from trimkv_edge.export.backends.arm_quantize import tokens_for
+            from trimkv_edge.export.backends.coreml_quantize import quantized
+
+            return quantized(module, job.config, counts, tokens_for(job))
         if job.ops == "c4w":
             round_linears(module)
-        lowered = lower(
-            {name: traced(module, job.config, count) for name, count in counts.items()},
-            {name: _partitioner() for name in counts},
-        )
-        graphs = whole(lowered, TARGET, list(counts))
-        found = read_package(save_program(lowered, scratch / PROGRAM))
-        found.check(module, job.config, counts)
-        save_report(scratch / REPORT, {"graphs": graphs, "model": asdict(found)})
-    return Target(TARGET, job.ops, {"program": PROGRAM, "report": REPORT, **files})
+        return {name: traced(module, job.config, count) for name, count in counts.items()}
+
+    def inspect(module: HostEvicted, counts: dict[str, int], program: bytes) -> dict[str, Any]:
+        found = read_package(program)
+        found.check(Wanted.stateless(module, job.config, counts, job.ops))
+        return {"model": asdict(found)}
+
+    return export_program(job, TARGET, partitioner, trace, inspect)
 
 
 def round_linears(module: HostEvicted) -> None:
@@ -76,11 +64,12 @@ def round_linears(module: HostEvicted) -> None:
                 weight_dtype=torch.int4,  # type: ignore[attr-defined]
                 granularity=PerAxis(0),
             ),
-            lambda part, name: isinstance(part, nn.Linear) and "retention_gate" not in name,
+            lambda part, name: isinstance(part, nn.Linear) and GATE not in name,
         )
 
 
-def _partitioner() -> Any:
+def partitioner() -> Any:
+    """Takes what CoreML on iOS 18 computes in float16, on the CPU or the Neural Engine."""
     with quiet():
         import coremltools
         from executorch.backends.apple.coreml.compiler import CoreMLBackend

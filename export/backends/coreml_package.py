@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.export.backends.lowering import quiet
@@ -19,18 +21,31 @@ _NAMES = """
     reduce_mean reshape rsqrt sigmoid silu slice_by_index softmax split squeeze sub tanh transpose
 """
 OPERATORS = frozenset(_NAMES.split())
+_QUANTIZING = frozenset(["quantize", "dequantize"])
+_WRITING = frozenset(["read_state", "write_state", "slice_update", "reduce_sum"])
+# Type of the rounded weights of linear layers, by precision.
+_ROUNDED = {"fp16": "", "c4w": "INT4", "8a8w": "INT8"}
+_CONSTANT = "constexpr_blockwise_shift_scale"
+GATE = "retention_gate"  # in names of weights that are never rounded: rankings follow from them
 _IOS18 = 9  # specificationVersion
 
 
 @dataclass(frozen=True)
 class CoreMLFunction:
-    """One graph. Sizes by tensor, operators by how often they stand in it, states by name."""
+    """One graph. Sizes by tensor, operators by how often they stand in it.
+
+    Attributes:
+        types: of inputs and outputs.
+        states: sizes by name; all are float16.
+        rounded: rounded weights by their type.
+    """
 
     inputs: dict[str, list[int]]
     outputs: dict[str, list[int]]
     types: list[str]
     operators: dict[str, int]
-    states: list[str]
+    states: dict[str, list[int]]
+    rounded: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -41,31 +56,79 @@ class CoreMLModel:
     weights: int
     functions: dict[str, CoreMLFunction]
 
-    def check(self, module: HostEvicted, config: CacheConfig, counts: dict[str, int]) -> None:
-        """Raises :class:`VerificationError` if this is not the model that was asked for.
-
-        Checked: iOS 18; a function for each count; sizes of inputs and outputs; float32 or float16 at the border; no
-        states; operators of :data:`OPERATORS`.
-        """
+    def check(self, wanted: Wanted) -> None:
+        """Raises :class:`VerificationError` if this is not the model that was asked for, on iOS 18."""
         faults = [] if self.version == _IOS18 else [f"specification version {self.version}, not {_IOS18}"]
-        if set(self.functions) != set(counts):
-            faults.append(f"functions {', '.join(self.functions)}, not {', '.join(counts)}")
-        for name in set(counts) & set(self.functions):
+        if set(self.functions) != set(wanted.inputs):
+            faults.append(f"functions {', '.join(self.functions)}, not {', '.join(wanted.inputs)}")
+        for name in set(wanted.inputs) & set(self.functions):
             found = self.functions[name]
-            hidden, cos, sin, mask, past = module.inputs(config, counts[name])
-            wanted = sorted(list(table.shape) for table in (hidden, cos, sin, mask, *past))
-            if sorted(found.inputs.values()) != wanted:
+            if sorted(found.inputs.values()) != wanted.inputs[name]:
                 faults.append(f"{name} has inputs {found.inputs}")
-            if len(found.outputs) != len(module.names()[1]):
+            if len(found.outputs) != wanted.outputs:
                 faults.append(f"{name} has {len(found.outputs)} outputs")
-            if odd := set(found.types) - {"FLOAT32", "FLOAT16"}:
+            if odd := set(found.types) - wanted.types:
                 faults.append(f"{name} has {', '.join(sorted(odd))} at its border")
-            if found.states:
-                faults.append(f"{name} has states {', '.join(found.states)}")
-            if odd := set(found.operators) - OPERATORS:
+            if found.states != wanted.states:
+                faults.append(f"{name} has states {found.states}")
+            if found.rounded != wanted.rounded:
+                faults.append(f"{name} has rounded weights {found.rounded}, not {wanted.rounded}")
+            if odd := set(found.operators) - wanted.operators:
                 faults.append(f"{name} has operators {', '.join(sorted(odd))}, which the Neural Engine may not take")
         if faults:
             raise VerificationError(f"the CoreML model is not what was asked for: {'; '.join(faults)}: report this")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model has to be.
+
+    Attributes:
+        inputs: sorted sizes by function; outputs: how many each has.
+        types: that inputs and outputs may have.
+        states, rounded: as in :class:`CoreMLFunction`, of each.
+        operators: that may stand in it.
+    """
+
+    inputs: dict[str, list[list[int]]]
+    outputs: int
+    types: frozenset[str]
+    states: dict[str, list[int]]
+    rounded: dict[str, int]
+    operators: frozenset[str]
+
+    @classmethod
+    def stateless(cls, module: HostEvicted, config: CacheConfig, counts: dict[str, int], precision: str) -> Wanted:
+        """Of graphs that get the cache; linear layers are rounded as ``precision`` has it, but for gates'."""
+        inputs = {}
+        for name, count in counts.items():
+            *tables, past = module.inputs(config, count)
+            inputs[name] = sorted(list(table.shape) for table in (*tables, *past))
+        layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and GATE not in name]
+        return cls(
+            inputs,
+            len(module.names()[1]),
+            frozenset(["FLOAT32", "FLOAT16"]),
+            {},
+            {kind: len(layers)} if (kind := _ROUNDED[precision]) else {},
+            OPERATORS | (_QUANTIZING if precision == "8a8w" else frozenset()),
+        )
+
+    def stateful(self, where: dict[str, list[int]], states: dict[str, list[int]]) -> Wanted:
+        """Of graphs that hold the cache as ``states``, and are told by an input ``where`` to write new rows."""
+        slots = sorted(states.values())
+        inputs = {
+            name: sorted([*(size for size in sizes if size not in slots), where[name]])
+            for name, sizes in self.inputs.items()
+        }
+        return Wanted(
+            inputs,
+            self.outputs - len(states),
+            self.types | {"INT32"},
+            states,
+            self.rounded,
+            self.operators | _WRITING,
+        )
 
 
 def read_package(program: bytes) -> CoreMLModel:
@@ -75,13 +138,19 @@ def read_package(program: bytes) -> CoreMLModel:
         VerificationError: there is none, or more than one.
     """
     with quiet():
-        import coremltools
         from executorch.backends.apple.coreml import executorchcoreml
     with tempfile.TemporaryDirectory() as scratch:
         executorchcoreml.unflatten_directory_contents(_blob(program), scratch)
-        (model,) = Path(scratch).rglob("*.mlmodel")
-        weights = sum(path.stat().st_size for path in Path(scratch).rglob("weight.bin"))
-        spec = coremltools.utils.load_spec(str(model))
+        return read_folder(Path(scratch))
+
+
+def read_folder(folder: Path) -> CoreMLModel:
+    """Reads the one CoreML model that lies somewhere in ``folder``."""
+    with quiet():
+        import coremltools
+    (model,) = folder.rglob("*.mlmodel")
+    weights = sum(path.stat().st_size for path in folder.rglob("weight.bin"))
+    spec = coremltools.utils.load_spec(str(model))
     described = {entry.name: entry for entry in spec.description.functions} or {"main": spec.description}
     names = {"main": "decode"}  # a single method keeps CoreML's own name
     return CoreMLModel(
@@ -107,14 +176,21 @@ def _blob(program: bytes) -> bytes:
 
 
 def _function(body: Any, described: Any) -> CoreMLFunction:
+    from coremltools.proto import MIL_pb2
     from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType
 
-    operators = Counter(op.type for block in body.block_specializations.values() for op in block.operations)
+    operations = [op for block in body.block_specializations.values() for op in block.operations]
+    rounded = [op for op in operations if op.type == _CONSTANT]
+    types = [op.inputs["data"].arguments[0].value.type.tensorType.dataType for op in rounded]
     border = [*described.input, *described.output]
+    states = {entry.name: entry.type.stateType.arrayType for entry in described.state}
+    if wide := [name for name, array in states.items() if array.dataType != ArrayFeatureType.FLOAT16]:
+        raise VerificationError(f"states {', '.join(wide)} are not float16: report this")
     return CoreMLFunction(
         {entry.name: list(entry.type.multiArrayType.shape) for entry in described.input},
         {entry.name: list(entry.type.multiArrayType.shape) for entry in described.output},
         sorted({ArrayFeatureType.ArrayDataType.Name(entry.type.multiArrayType.dataType) for entry in border}),
-        dict(sorted(operators.items())),
-        [entry.name for entry in described.state],
+        dict(sorted(Counter(op.type for op in operations).items())),
+        {name: list(array.shape) for name, array in states.items()},
+        dict(Counter(map(MIL_pb2.DataType.Name, types))),
     )

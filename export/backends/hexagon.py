@@ -15,14 +15,15 @@ import onnx
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError, first_line
+from trimkv_edge.export.backends.hexagon_float16 import for_float16
 from trimkv_edge.export.host_evicted import CONSTANTS, DECODE, EMBEDDING, PREFILL, export_host_evicted
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.resume import Numbers
 from trimkv_edge.export.tokenizer import sample_tokens
 from trimkv_edge.hexagon import DEFAULT_SOC, FORMAT, HexagonInfo, find_soc
+from trimkv_edge.host_border import Encoding
 from trimkv_edge.host_cache import MASKED
 from trimkv_edge.host_constants import load_constants
-from trimkv_edge.host_encoding import Encoding
 from trimkv_edge.manifest import Target
 from trimkv_edge.runtime.engines.qnn_emulator import htp_options, qairt_version, quiet_output
 
@@ -78,7 +79,9 @@ def export_hexagon(job: Job) -> Target:
         if config.prefill_chunk > 1:
             graphs[config.prefill_chunk] = work / PREFILL
         encodings: dict[str, Encoding] = {}
-        if precision != "fp16":
+        if precision == "fp16":
+            graphs = {count: for_float16(path, work / f"float16_{path.name}") for count, path in graphs.items()}
+        else:
             graphs, encodings = _quantised(job, graphs, work, masked)
         files = {"info": INFO, "constants": HOST, "embedding": EMBEDDING}
         made = work / "made"

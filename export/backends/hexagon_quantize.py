@@ -22,8 +22,8 @@ from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import FloatArray
 from trimkv_edge.errors import VerificationError
+from trimkv_edge.host_border import Encoding
 from trimkv_edge.host_cache import HostCache, Rotary, padded
-from trimkv_edge.host_encoding import Encoding
 
 Feed = dict[str, FloatArray]
 Range = tuple[float, float]

@@ -1,8 +1,8 @@
 """``tosa``: TOSA 1.0 graphs, Arm's standard for what NPUs compute, by ExecuTorch's Arm backend.
 
 Arm's reference model of the standard executes them: ``trimkv-run --engine tosa`` (slow: it is made to be right).
-``fp32``: float32. ``int8``: weights and activations in 8 bits, calibrated on a stream that evicts; integers throughout.
-``a16w8``: the same with activations, keys and values in 16 bits.
+``fp32``: float32. Others are integers throughout, calibrated on a stream that evicts; which have how many bits:
+:mod:`~trimkv_edge.export.backends.arm_recipes`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from trimkv_edge.models.skeleton import filled
 
 TARGET = "tosa"
 BORDERS, CONSTANTS, REPORT = "tosa_borders.json", "tosa_host.json", "tosa_report.json"
-_PROFILES = {"fp32": "TOSA-1.0+FP", "int8": "TOSA-1.0+INT", "a16w8": "TOSA-1.0+INT+int16"}
+_PROFILES = {
+    "fp32": "TOSA-1.0+FP",
+    "int8": "TOSA-1.0+INT+int16",
+    "a8w4": "TOSA-1.0+INT+int16+int4",
+    "a16w8": "TOSA-1.0+INT+int16",
+}
 
 
 def export_tosa(job: Job) -> Target:

@@ -15,6 +15,7 @@ from trimkv_edge.budget import format_bytes, full_cache_bytes
 from trimkv_edge.cli.common import parse_share, quiet_libraries, run_cli
 from trimkv_edge.cli.push import add_hub_options, check_hub, hub_repo, push
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.export.backends import BACKENDS
 
 if TYPE_CHECKING:
     from trimkv_edge.export.pipeline import ExportPlan, ExportRequest
@@ -111,13 +112,13 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=["executorch", "onnx"],
         metavar="T",
         help="executorch, onnx (default: both), host-evicted (static graphs for NPUs, whose cache the host drives), "
-        "or a compiler: npu:hexagon, npu:coreml, npu:ethos-u85, tosa, vulkan, litert (docs/npu.md)",
+        f"or a compiler: {', '.join(BACKENDS)} (docs/npu.md)",
     )
     add(
         "--precision",
         metavar="P",
-        help="of a compiler's target: fp16, a16w8, a8w8, a16w4 (npu:hexagon); fp16, c4w (npu:coreml); int8, a16w8 "
-        "(npu:ethos-u85); fp32, int8, a16w8 (tosa); fp32, fp16 (vulkan)",
+        help="of a compiler's target; the first is the default: "
+        + "; ".join(f"{', '.join(backend.precisions)} ({name})" for name, backend in BACKENDS.items()),
     )
     add("--soc", metavar="NAME", help="npu:hexagon: the chip, sm8550, sm8650 or sm8750 (default)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")

@@ -20,17 +20,19 @@ need("npu:ethos-u85")
 @pytest.mark.slow
 def test_all_of_it_runs_on_the_npu(tmp_path: Path) -> None:
     model = spread_gates(gated_model("llama-gqa"))
-    made = compiled("npu:ethos-u85", model, CacheConfig(24, 8, 1), tmp_path, "int8")
+    made = compiled("npu:ethos-u85", model, CacheConfig(24, 8, 8), tmp_path, "int8")
     report = json.loads((tmp_path / "ethos_u85_report.json").read_text())
-    assert report["device"] == "ethos-u85-256"
-    graph, vela = report["graphs"]["decode"], report["vela"]["decode"]
-    assert (graph["partitions"], graph["left"]) == (1, {})
-    assert vela["cpu_operators"] == 0
-    assert vela["npu_operators"] > 50
-    assert vela["dram_memory_used"] > 0
     borders = json.loads((tmp_path / "ethos_u85_borders.json").read_text())
-    assert {port["dtype"] for port in (*borders["decode"]["inputs"], *borders["decode"]["outputs"])} == {"int8"}
-    assert made.target.files["decode"] == "ethos_u85_decode.pte"
+    assert report["device"] == "ethos-u85-256"
+    assert set(report["graphs"]) == set(report["vela"]) == set(borders) == {"decode", "prefill"}
+    for name, vela in report["vela"].items():
+        assert (report["graphs"][name]["partitions"], report["graphs"][name]["left"]) == (1, {})
+        assert vela["cpu_operators"] == 0
+        assert vela["npu_operators"] > 50
+        assert vela["dram_memory_used"] > 0
+        for port in (*borders[name]["inputs"], *borders[name]["outputs"]):
+            assert port["dtype"] == ("int8" if port["name"].startswith(("past.", "new.")) else "int16"), port
+        assert made.target.files[name] == f"ethos_u85_{name}.pte"
     assert json.loads((tmp_path / "ethos_u85_host.json").read_text())["masked"] == -30
 
 

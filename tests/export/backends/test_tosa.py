@@ -77,13 +77,16 @@ def test_it_has_one_thread_and_no_profile(exact: Artefact) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "survivors", "cosine"), [("int8", 0.95, 0.8), ("a16w8", 0.98, 0.99)])
+@pytest.mark.parametrize(
+    ("precision", "survivors", "cosine"), [("int8", 0.97, 0.99), ("a8w4", 0.8, 0.9), ("a16w8", 0.98, 0.99)]
+)
 def test_integers_agree_closely(precision: str, survivors: float, cosine: float, tmp_path: Path) -> None:
     made = compiled("tosa", spread_gates(gated_model("llama-gqa")), CONFIG, tmp_path, precision)
     borders = json.loads((tmp_path / "tosa_borders.json").read_text())
     ports = {side: {port["name"]: port for port in borders["decode"][side]} for side in ("inputs", "outputs")}
     for port in (*borders["decode"]["inputs"], *borders["prefill"]["outputs"]):
-        assert port["dtype"] == {"int8": "int8", "a16w8": "int16"}[precision]
+        cached = port["name"].startswith(("past.", "new."))
+        assert port["dtype"] == ("int8" if cached and precision != "a16w8" else "int16"), port
     for layer in range(2):  # a row comes back as the integers that it was
         for kind in ("key", "value"):
             entering, leaving = ports["inputs"][f"past.{layer}.{kind}"], ports["outputs"][f"new.{layer}.{kind}"]
