@@ -149,7 +149,7 @@ class LayerwiseReference(Engine):
         order = np.argsort(held.positions, -1)
         rank = _search(np.take_along_axis(held.positions, order, -1), self._kept[self._event - 1])
         slot = np.take_along_axis(order, rank, -1)
-        key, value = (np.take_along_axis(table, slot[..., None], 2) for table in held.tables())
+        key, value = held.rows(slot)
         return key, value, np.take_along_axis(held.log_beta, slot, -1)
 
     def _write(
@@ -178,6 +178,16 @@ class _Entries:
     def tables(self) -> list[FloatArray]:
         """Keys and values, mapped for as long as they are used."""
         return [np.memmap(path, np.float32, "r", shape=self._shape) for path in self._files]
+
+    def rows(self, slot: IntArray) -> list[FloatArray]:
+        """Copies of some rows of both, ``slot``: ``[layers, kv_heads, rows]``. One layer is mapped at a time."""
+        found = [np.empty((*slot.shape, self._shape[-1]), np.float32) for _ in self._files]
+        size = 4 * int(np.prod(self._shape[1:]))
+        for layer, wanted in enumerate(slot):
+            for path, rows in zip(self._files, found, strict=True):
+                table = np.memmap(path, np.float32, "r", layer * size, self._shape[1:])
+                rows[layer] = np.take_along_axis(table, wanted[..., None], 1)
+        return found
 
 
 def _events(config: CacheConfig, plan: Sequence[int]) -> list[int]:
