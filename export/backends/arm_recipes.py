@@ -40,6 +40,7 @@ _ACTIVATIONS = (
     torch.ops.aten.sigmoid.default,
     torch.ops.aten.tanh.default,
 )
+_LAYOUT = ("view", "reshape", "transpose", "permute", "unsqueeze", "_to_copy", "to")
 
 
 def rounding(precision: str, outputs: Sequence[str]) -> Any:
@@ -91,7 +92,7 @@ def rounding(precision: str, outputs: Sequence[str]) -> Any:
                     return narrow
                 if node.target is torch.ops.aten.exp.default:
                     return exponent
-                if node.target in _ACTIVATIONS:
+                if node.target in _ACTIVATIONS or _squares_linear(node):
                     return table
             return super().get_input_act_qspec(node, input_node)
 
@@ -115,6 +116,16 @@ def _within(node: Node, modules: Sequence[str]) -> bool:
     """Whether a node comes from a module that has one of these names in its path."""
     paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return any(part in modules for path in paths for part in path.split("."))
+
+
+def _squares_linear(node: Node) -> bool:
+    """Whether a node is the square, a table too, in a norm of queries or keys: it reads a linear layer."""
+    if node.target is not torch.ops.aten.pow.Tensor_Scalar:
+        return False
+    source: Any = node.args[0]
+    while isinstance(source, Node) and getattr(source.target, "_opname", "") in _LAYOUT:
+        source = source.args[0]
+    return isinstance(source, Node) and source.target is torch.ops.aten.linear.default
 
 
 def _only_exponent(node: Node) -> bool:

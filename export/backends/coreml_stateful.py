@@ -126,7 +126,12 @@ def _save(graphs: dict[str, Stateful], config: CacheConfig, package: Path, apart
 
 def _traced(graph: Stateful, config: CacheConfig) -> ExportedProgram:
     with torch.no_grad(), deferred_sigmoid(graph.module.model):
-        return torch.export.export(graph, graph.inputs(config), strict=False).run_decompositions({})
+        program = torch.export.export(graph, graph.inputs(config), strict=False).run_decompositions({})
+    nodes = program.graph_module.graph
+    for node in nodes.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        node.replace_all_uses_with(node.args[0])  # the converter does not know it; Phi-3 has some
+        nodes.erase_node(node)
+    return program
 
 
 def _converted(program: ExportedProgram, graph: Stateful) -> Any:

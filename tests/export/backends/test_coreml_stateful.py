@@ -80,11 +80,13 @@ def test_functions_share_their_weights(found: CoreMLModel, half: Artefact) -> No
     assert 2 * parameters <= found.weights <= 2.2 * parameters
 
 
-def test_four_bits_and_a_chunk_of_one(tmp_path: Path) -> None:
-    made = compiled("npu:coreml-stateful", gated_model("qwen3-gqa"), CacheConfig(24, 8, 1), tmp_path, "c4w")
+# Phi-3 has one layer for queries, keys and values, and one for gate and up.
+@pytest.mark.parametrize(("family", "linears"), [("qwen3-gqa", LINEARS), ("phi3-longrope", 2 * 4 + 1)])
+def test_four_bits_and_a_chunk_of_one(family: str, linears: int, tmp_path: Path) -> None:
+    made = compiled("npu:coreml-stateful", gated_model(family), CacheConfig(24, 8, 1), tmp_path, "c4w")
     model = read_folder(made.folder)
     assert list(model.functions) == ["decode"]
-    assert model.functions["decode"].rounded == {"INT4": LINEARS}
+    assert model.functions["decode"].rounded == {"INT4": linears}
     assert set(model.functions["decode"].states) == set(STATES)
 
 

@@ -78,10 +78,15 @@ def test_it_has_one_thread_and_no_profile(exact: Artefact) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "survivors", "cosine"), [("int8", 0.97, 0.99), ("a8w4", 0.8, 0.9), ("a16w8", 0.98, 0.99)]
+    ("model", "precision", "survivors", "cosine"),
+    [
+        ("qwen3-gqa", "int8", 0.97, 0.99),  # its norms of queries and keys read 8-bit layers
+        ("llama-gqa", "a8w4", 0.8, 0.9),
+        ("llama-gqa", "a16w8", 0.98, 0.99),
+    ],
 )
-def test_integers_agree_closely(precision: str, survivors: float, cosine: float, tmp_path: Path) -> None:
-    made = compiled("tosa", spread_gates(gated_model("llama-gqa")), CONFIG, tmp_path, precision)
+def test_integers_agree_closely(model: str, precision: str, survivors: float, cosine: float, tmp_path: Path) -> None:
+    made = compiled("tosa", spread_gates(gated_model(model)), CONFIG, tmp_path, precision)
     borders = json.loads((tmp_path / "tosa_borders.json").read_text())
     ports = {side: {port["name"]: port for port in borders["decode"][side]} for side in ("inputs", "outputs")}
     for port in (*borders["decode"]["inputs"], *borders["prefill"]["outputs"]):
@@ -90,7 +95,9 @@ def test_integers_agree_closely(precision: str, survivors: float, cosine: float,
     for layer in range(2):  # a row comes back as the integers that it was
         for kind in ("key", "value"):
             entering, leaving = ports["inputs"][f"past.{layer}.{kind}"], ports["outputs"][f"new.{layer}.{kind}"]
-            assert (entering["scale"], entering["zero_point"]) == (leaving["scale"], leaving["zero_point"])
+            assert entering["zero_point"] == leaving["zero_point"]
+            # Alike to a float32 or so: no integer of 16 bits becomes another one.
+            assert abs(entering["scale"] / leaving["scale"] - 1) < 2**-20
     eager, tosa, same, kept, close = made.eager(), engine(made), 0, 0, []
     for token in random_tokens(24 + 8 * 6):
         want, got = eager.decode(token), tosa.decode(token)
