@@ -21,8 +21,9 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.export.backends.coreml import round_linears
 from trimkv_edge.export.backends.coreml_quantize import quantized
-from trimkv_edge.export.backends.lowering import chunks, traced
+from trimkv_edge.export.backends.lowering import traced
 from trimkv_edge.export.host_evicted import HostEvicted
+from trimkv_edge.export.host_files import chunks
 from trimkv_edge.host_cache import HostCache, Rotary, padded
 from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.models.gated import GatedModel

@@ -31,6 +31,7 @@ from torch.export import ExportedProgram
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
+from trimkv_edge.export.host_files import chunks, save_host, tokens
 from trimkv_edge.export.host_lint import lint_host
 from trimkv_edge.export.onnx_data import save_with_data
 from trimkv_edge.export.onnx_gates import deferred_sigmoid
@@ -42,17 +43,16 @@ from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.resume import Numbers
 from trimkv_edge.host_cache import MASKED
-from trimkv_edge.host_constants import FORMAT, HostConstants
 from trimkv_edge.host_eviction import require_host
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.attention import BACKEND_KEYWORD
 from trimkv_edge.models.gated import GatedModel
-from trimkv_edge.models.skeleton import Weights, model_weights, parameter_slots
+from trimkv_edge.models.skeleton import Weights, model_weights
 from trimkv_edge.retention import RetentionGate
 
 TARGET = "host-evicted"
-DECODE, PREFILL, DATA = "host_decode.onnx", "host_prefill.onnx", "host_weights.bin"
-CONSTANTS, EMBEDDING = "host.json", "host_embedding.bin"
+GRAPHS = {"decode": "host_decode.onnx", "prefill": "host_prefill.onnx"}
+DATA, CONSTANTS = "host_weights.bin", "host.json"
 # The lowest that torch's exporter writes natively: what NPU toolchains know best.
 _OPSET = 18
 
@@ -184,24 +184,18 @@ def export_host_evicted(
     require_host(config)
     say = progress or (lambda _: None)
     source = weights or model_weights(model)
-    files = {"decode": DECODE, "weights": DATA, "embedding": EMBEDDING, "constants": CONSTANTS}
-    graphs = [(DECODE, 1)]
-    if config.prefill_chunk > 1:
-        files["prefill"] = PREFILL
-        graphs.append((PREFILL, config.prefill_chunk))
+    graphs = chunks(config)
+    files = {"weights": DATA, **{name: GRAPHS[name] for name in graphs}}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".host-", dir=folder) as temporary:
         work = Path(temporary)  # graphs name their weights relative to themselves
         module = HostEvicted(prepare(model.eval(), source, scheme))
         stored: dict[str, ir.TensorProtocol] = {}
-        for name, count in graphs:
-            say(f"{TARGET}: graph for {count} token{'s' if count > 1 else ''}")
-            _save_graph(module, config, count, work / name, stored, numbers)
+        for name, count in graphs.items():
+            say(f"{TARGET}: graph for {tokens(count)}")
+            _save_graph(module, config, count, work / GRAPHS[name], stored, numbers)
         say(f"{TARGET}: embedding")
-        _save_embedding(model, source, work / EMBEDDING)
-        rotary = model.base.model.rotary_emb
-        frequencies = rotary.inv_freq.float().tolist()
-        HostConstants(FORMAT, masked, frequencies, float(rotary.attention_scaling)).save(work / CONSTANTS)
+        files |= save_host(model, source, work, CONSTANTS, masked)
         for name in files.values():
             os.replace(work / name, folder / name)
     return Target(TARGET, "rows", files)
@@ -242,10 +236,3 @@ def _save_graph(
             f"{path.name} is not fit for NPUs: {'; '.join(findings[:5])}: report this with the model's name and "
             "settings"
         )
-
-
-def _save_embedding(model: GatedModel, weights: Weights, path: Path) -> None:
-    """Rows of the embedding as little-endian float32, ``[vocabulary, hidden_size]``, without a header."""
-    table = model.base.model.embed_tokens.weight
-    name = next(name for name, owner, own in parameter_slots(model) if getattr(owner, own) is table)
-    weights(name).numpy().astype("<f4", copy=False).tofile(path)

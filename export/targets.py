@@ -13,6 +13,7 @@ from trimkv_edge.errors import ConfigError
 from trimkv_edge.export.backends import BACKENDS, NOT_TOLD, UNSUPPORTED, X86, Backend, Ran
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.reference import Rounding, exact
+from trimkv_edge.export.resume import Numbers
 from trimkv_edge.host_eviction import require_host
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target, TokenizerInfo
@@ -50,6 +51,10 @@ class Job:
     progress: Callable[[int, int], None] | None
     soc: str | None = None
 
+    def numbers(self) -> Numbers:
+        """How packing the weights is reported and gone on with."""
+        return Numbers(self.key, self.restart, self.say, self.progress)
+
 
 @dataclass(frozen=True)
 class TargetSpec:
@@ -82,7 +87,6 @@ class TargetSpec:
 
 def _executorch(job: Job) -> Target:
     from trimkv_edge.export.executorch import export_executorch
-    from trimkv_edge.export.resume import Numbers
 
     metadata: dict[str, int | list[int]] = {}
     if job.tokenizer is not None:
@@ -97,7 +101,7 @@ def _executorch(job: Job) -> Target:
         scheme=job.scheme,
         weights=job.weights,
         metadata=metadata,
-        numbers=Numbers(job.key, job.restart, job.say, job.progress),
+        numbers=job.numbers(),
         progress=job.say,
     )
 
@@ -116,7 +120,6 @@ def _executorch_reference(model: GatedModel, weights: Weights, scheme: Scheme) -
 
 def _onnx(job: Job) -> Target:
     from trimkv_edge.export.onnx import export_onnx
-    from trimkv_edge.export.resume import Numbers
 
     return export_onnx(
         job.model,
@@ -126,7 +129,7 @@ def _onnx(job: Job) -> Target:
         scheme=job.scheme,
         weights=job.weights,
         scales=job.scales,
-        numbers=Numbers(job.key, job.restart, job.say, job.progress),
+        numbers=job.numbers(),
         progress=job.say,
     )
 
@@ -145,7 +148,6 @@ def _onnx_float(folder: Path, target: Target, scratch: Path) -> Target:
 
 def _host_evicted(job: Job) -> Target:
     from trimkv_edge.export.host_evicted import export_host_evicted
-    from trimkv_edge.export.resume import Numbers
 
     return export_host_evicted(
         job.model,
@@ -153,7 +155,7 @@ def _host_evicted(job: Job) -> Target:
         job.folder,
         scheme=job.scheme,
         weights=job.weights,
-        numbers=Numbers(job.key, job.restart, job.say, job.progress),
+        numbers=job.numbers(),
         progress=job.say,
     )
 

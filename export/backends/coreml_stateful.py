@@ -23,16 +23,9 @@ from torch.export import ExportedProgram
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.backends.coreml import round_linears
 from trimkv_edge.export.backends.coreml_package import Wanted, read_folder
-from trimkv_edge.export.backends.lowering import (
-    check_job,
-    chunks,
-    quiet,
-    save_host,
-    save_report,
-    staged,
-    tokens,
-)
+from trimkv_edge.export.backends.lowering import check_job, quiet, save_report, staged
 from trimkv_edge.export.host_evicted import HostEvicted
+from trimkv_edge.export.host_files import chunks, save_host, tokens
 from trimkv_edge.export.onnx_gates import deferred_sigmoid
 from trimkv_edge.export.targets import Job
 from trimkv_edge.manifest import Target

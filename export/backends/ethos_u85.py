@@ -16,18 +16,9 @@ from typing import Any
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.export.backends.arm_border import border_of
 from trimkv_edge.export.backends.arm_quantize import MASKED_IN_BITS, quantized, tokens_for
-from trimkv_edge.export.backends.lowering import (
-    check_job,
-    chunks,
-    lower,
-    save_host,
-    save_program,
-    save_report,
-    staged,
-    tokens,
-    whole,
-)
+from trimkv_edge.export.backends.lowering import check_job, lower, save_program, save_report, staged, whole
 from trimkv_edge.export.host_evicted import HostEvicted
+from trimkv_edge.export.host_files import chunks, save_host, tokens
 from trimkv_edge.export.targets import Job
 from trimkv_edge.host_border import Border, save_borders
 from trimkv_edge.manifest import Target

@@ -16,9 +16,10 @@ import onnx
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError, first_line
 from trimkv_edge.export.backends.hexagon_float16 import for_float16
-from trimkv_edge.export.host_evicted import CONSTANTS, DECODE, EMBEDDING, PREFILL, export_host_evicted
+from trimkv_edge.export.backends.lowering import quiet
+from trimkv_edge.export.host_evicted import CONSTANTS, GRAPHS, export_host_evicted
+from trimkv_edge.export.host_files import EMBEDDING, chunks, tokens
 from trimkv_edge.export.quantization import SCHEMES
-from trimkv_edge.export.resume import Numbers
 from trimkv_edge.export.tokenizer import sample_tokens
 from trimkv_edge.hexagon import DEFAULT_SOC, FORMAT, HexagonInfo, find_soc
 from trimkv_edge.host_border import Encoding
@@ -59,12 +60,11 @@ def export_hexagon(job: Job) -> Target:
         ConfigError: as :func:`check_hexagon`.
         VerificationError: the compiler left a part of a graph to the CPU.
     """
-    config, precision, soc = job.config, job.ops, getattr(job, "soc", None) or DEFAULT_SOC
+    config, precision, soc = job.config, job.ops, job.soc or DEFAULT_SOC
     check_hexagon(config, precision, soc)
     masked = MASKED if precision == "fp16" else _QUANTISED_MASK
     with tempfile.TemporaryDirectory(prefix=".hexagon-", dir=job.folder) as temporary:
         work = Path(temporary)
-        numbers = Numbers(job.key, job.restart, job.say, job.progress)
         export_host_evicted(
             job.model,
             config,
@@ -72,12 +72,11 @@ def export_hexagon(job: Job) -> Target:
             scheme=SCHEMES["none"],
             weights=job.weights,
             masked=masked,
-            numbers=numbers,
+            numbers=job.numbers(),
             progress=job.say,
         )
-        graphs = {1: work / DECODE}
-        if config.prefill_chunk > 1:
-            graphs[config.prefill_chunk] = work / PREFILL
+        counts = chunks(config)
+        graphs = {count: work / GRAPHS[role] for role, count in counts.items()}
         encodings: dict[str, Encoding] = {}
         if precision == "fp16":
             graphs = {count: for_float16(path, work / f"float16_{path.name}") for count, path in graphs.items()}
@@ -86,10 +85,9 @@ def export_hexagon(job: Job) -> Target:
         files = {"info": INFO, "constants": HOST, "embedding": EMBEDDING}
         made = work / "made"
         made.mkdir()
-        for count, path in graphs.items():
-            role = "decode" if count == 1 else "prefill"
-            job.say(f"{TARGET}: compiling the graph for {count} token{'s' if count > 1 else ''} ({soc}, {precision})")
-            files |= _compile(path, made, role, soc)
+        for role, count in counts.items():
+            job.say(f"{TARGET}: compiling the graph for {tokens(count)} ({soc}, {precision})")
+            files |= _compile(graphs[count], made, role, soc)
         os.replace(work / EMBEDDING, made / EMBEDDING)
         os.replace(work / CONSTANTS, made / HOST)
         HexagonInfo(FORMAT, precision, soc, qairt_version(), encodings).save(made / INFO)
@@ -102,7 +100,6 @@ def _quantised(
     job: Job, graphs: dict[int, Path], work: Path, masked: float
 ) -> tuple[dict[int, Path], dict[str, Encoding]]:
     from trimkv_edge.export.backends.hexagon_quantize import RECIPES, Float, measure, quantise
-    from trimkv_edge.export.backends.lowering import quiet
 
     config, constants = job.config, load_constants(work / CONSTANTS)
     width = job.model.config.hidden_size

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.export.backends.lowering import check_job, chunks, quiet, save_host, staged, tokens, zeros
+from trimkv_edge.export.backends.lowering import check_job, quiet, staged, zeros
 from trimkv_edge.export.host_evicted import HostEvicted
+from trimkv_edge.export.host_files import chunks, save_host, tokens
 from trimkv_edge.export.onnx_gates import deferred_sigmoid
 from trimkv_edge.export.targets import Job
 from trimkv_edge.manifest import Target

@@ -1,4 +1,4 @@
-"""What ExecuTorch's backends have in common: host-evicted graphs, lowered whole, beside what their host needs."""
+"""What ExecuTorch's backends have in common: host-evicted graphs, lowered whole."""
 
 from __future__ import annotations
 
@@ -20,13 +20,9 @@ from torch.export import ExportedProgram
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
-from trimkv_edge.export.host_evicted import EMBEDDING, HostEvicted, _save_embedding
+from trimkv_edge.export.host_evicted import HostEvicted
 from trimkv_edge.export.onnx_gates import deferred_sigmoid
-from trimkv_edge.host_cache import MASKED
-from trimkv_edge.host_constants import FORMAT, HostConstants
 from trimkv_edge.host_eviction import require_host
-from trimkv_edge.models.gated import GatedModel
-from trimkv_edge.models.skeleton import Weights
 
 # Nodes of a program that compute nothing: they pick a delegate's outputs, or round what enters and leaves it.
 _BOUNDARY = ("getitem", "quantize_per_tensor", "dequantize_per_tensor")
@@ -63,16 +59,6 @@ def check_job(target: str, config: CacheConfig, weight_bits: int) -> None:
     if config.kv_dtype != "float32":
         raise ConfigError(f"--target {target} chooses the type of keys and values itself: leave out --kv-dtype")
     require_host(config)
-
-
-def chunks(config: CacheConfig) -> dict[str, int]:
-    """Tokens of each graph by its name."""
-    return {"decode": 1, **({"prefill": config.prefill_chunk} if config.prefill_chunk > 1 else {})}
-
-
-def tokens(count: int) -> str:
-    """A number of tokens, in words."""
-    return f"{count} token{'s' if count > 1 else ''}"
 
 
 def zeros(module: HostEvicted, config: CacheConfig, count: int) -> tuple[Tensor | list[Tensor], ...]:
@@ -137,22 +123,6 @@ def save_program(lowered: Any, path: Path) -> bytes:
         data: bytes = lowered.to_executorch().buffer
     path.write_bytes(data)
     return data
-
-
-def save_host(
-    model: GatedModel, weights: Weights, folder: Path, constants: str, masked: float = MASKED
-) -> dict[str, str]:
-    """Writes what a host needs beside the graphs, and returns the files by role.
-
-    Args:
-        constants: name of the file of :class:`HostConstants`.
-        masked: see :class:`~trimkv_edge.host_cache.HostCache`.
-    """
-    _save_embedding(model, weights, folder / EMBEDDING)
-    rotary = model.base.model.rotary_emb
-    frequencies = rotary.inv_freq.float().tolist()
-    HostConstants(FORMAT, masked, frequencies, float(rotary.attention_scaling)).save(folder / constants)
-    return {"embedding": EMBEDDING, "constants": constants}
 
 
 @contextmanager

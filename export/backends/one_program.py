@@ -7,19 +7,9 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from trimkv_edge.export.backends.lowering import (
-    check_job,
-    chunks,
-    lower,
-    save_host,
-    save_program,
-    save_report,
-    staged,
-    tokens,
-    traced,
-    whole,
-)
+from trimkv_edge.export.backends.lowering import check_job, lower, save_program, save_report, staged, traced, whole
 from trimkv_edge.export.host_evicted import HostEvicted
+from trimkv_edge.export.host_files import chunks, save_host, tokens
 from trimkv_edge.export.targets import Job
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.skeleton import filled
