@@ -12,64 +12,21 @@ import random
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from common import parser, save
 from npu_accuracy import BUFFER, perplexity, read, shared
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.engine import FloatArray, IntArray
+from trimkv_edge.export.backends.calibration import TorchHost
 from trimkv_edge.export.backends.coreml import round_linears
 from trimkv_edge.export.backends.coreml_quantize import quantized
 from trimkv_edge.export.backends.lowering import traced
 from trimkv_edge.export.host_evicted import HostEvicted
 from trimkv_edge.export.host_files import chunks
-from trimkv_edge.host_cache import HostCache, Rotary, padded
 from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.tiny.data import random_text
 from trimkv_edge.models.tiny.evaluate import load
-
-
-class TorchHost:
-    """A host around graphs in torch, as far as ``read`` drives an engine; ``graphs``: by number of tokens."""
-
-    def __init__(self, model: GatedModel, graphs: dict[int, torch.nn.Module], config: CacheConfig) -> None:
-        self.model, self.graphs, self.config = model, graphs, config
-        rotary = model.base.model.rotary_emb
-        self.rotary = Rotary(rotary.inv_freq.float().numpy(), float(rotary.attention_scaling))
-        self.names = HostEvicted(model).names()[1]
-        self.reset()
-
-    def reset(self) -> None:
-        shape = self.model.config
-        self.layers = range(shape.num_hidden_layers)
-        self.cache = HostCache(self.config, len(self.layers), shape.num_key_value_heads, self.model.head_dim)
-
-    @property
-    def room(self) -> int:
-        return self.cache.room
-
-    def prefill(self, ids: list[int]) -> FloatArray:
-        cache, count = self.cache, 1 if len(ids) == 1 else self.config.prefill_chunk
-        rows = padded(len(ids), count)
-        cos, sin = (torch.from_numpy(table) for table in self.rotary.rows(cache.seen + rows))
-        past = [torch.from_numpy(table[i : i + 1]) for i in self.layers for table in (cache.key, cache.value)]
-        hidden = self.model.base.model.embed_tokens.weight[torch.tensor(ids)[rows]][None]
-        with torch.no_grad():
-            found = self.graphs[count](hidden, cos, sin, torch.from_numpy(cache.mask(len(ids), count)), past)
-        named = dict(zip(self.names, (table.numpy() for table in found), strict=True))
-        kinds = [f"new.{{}}.{kind}" for kind in ("key", "value")] + ["gate.{}"]
-        key, value, gates = (np.concatenate([named[kind.format(i)] for i in self.layers]) for kind in kinds)
-        cache.append(key, value, gates, len(ids))
-        logits: FloatArray = named["logits"][0, 0].copy()
-        return logits
-
-    def evict(self) -> None:
-        self.cache.evict()
-
-    def survivors(self) -> IntArray:
-        return self.cache.positions[:, :, : self.cache.live].copy()
 
 
 def rounded(model: GatedModel, precision: str, config: CacheConfig, tokens: list[int]) -> TorchHost:
@@ -81,7 +38,7 @@ def rounded(model: GatedModel, precision: str, config: CacheConfig, tokens: list
         if precision == "c4w":
             round_linears(module)
         programs = {name: traced(module, config, count) for name, count in counts.items()}
-    return TorchHost(model, {count: programs[name].module() for name, count in counts.items()}, config)
+    return TorchHost(HostEvicted(model), {count: programs[name].module() for name, count in counts.items()}, config)
 
 
 def main() -> None:

@@ -9,23 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.export.backends.arm_recipes import rounding
+from trimkv_edge.export.backends.calibration import calibrate
 from trimkv_edge.export.backends.lowering import quiet, traced, zeros
 from trimkv_edge.export.host_evicted import HostEvicted
-from trimkv_edge.export.targets import Job
-from trimkv_edge.export.tokenizer import sample_tokens
-from trimkv_edge.host_cache import HostCache, Rotary, padded
-
-# What the mask adds to hidden slots where it has 8 bits: -10,000 would make its step 39.
-MASKED_IN_BITS = -30.0
 
 
 def quantized(
@@ -64,13 +58,6 @@ def quantized(
         }
 
 
-def tokens_for(job: Job) -> list[int]:
-    """A stream of sample text, or of any tokens without a tokenizer, with three events of a full cache."""
-    count = job.config.slots + 3 * job.config.buffer
-    # From far from where verification reads.
-    return sample_tokens(job.folder, job.tokenizer, job.model.config.vocab_size, 16 * count)[-count:]
-
-
 def _share_scales(prepared: GraphModule, module: HostEvicted, cached: dict[str, nn.Module]) -> None:
     """Lets one observer see what enters and leaves the cache, for keys and values of each layer, in all graphs.
 
@@ -94,38 +81,3 @@ def _share_scales(prepared: GraphModule, module: HostEvicted, cached: dict[str, 
             for place in [place for place, part in prepared.named_children() if id(part) == one]:
                 setattr(prepared, place, shared)
     prepared.recompile()
-
-
-def calibrate(
-    prepared: GraphModule, module: HostEvicted, config: CacheConfig, count: int, tokens: Sequence[int]
-) -> None:
-    """Reads ``tokens`` as a host does; observers note every range, and do not change the numbers."""
-    shape, outputs = module.model.config, module.names()[1]
-    layers = range(shape.num_hidden_layers)
-    cache = HostCache(config, len(layers), shape.num_key_value_heads, module.model.head_dim, masked=MASKED_IN_BITS)
-    rotary = module.model.base.model.rotary_emb
-    turn = Rotary(rotary.inv_freq.float().numpy(), float(rotary.attention_scaling))
-    table = module.model.base.model.embed_tokens.weight
-    ids, start = torch.tensor(tokens), 0
-    while start < len(tokens):
-        taken = min(count, cache.room, len(tokens) - start)
-        which = padded(taken, count)
-        cos, sin = (torch.from_numpy(rows) for rows in turn.rows(start + which))
-        past: list[Tensor] = [
-            torch.from_numpy(rows[layer : layer + 1]) for layer in layers for rows in (cache.key, cache.value)
-        ]
-        with torch.no_grad():
-            found = prepared(
-                table[ids[start + torch.from_numpy(which)]][None],
-                cos,
-                sin,
-                torch.from_numpy(cache.mask(taken, count)),
-                past,
-            )
-        named = dict(zip(outputs, (out.numpy() for out in found), strict=True))
-        key, value = (np.concatenate([named[f"new.{layer}.{kind}"] for layer in layers]) for kind in ("key", "value"))
-        gates = np.concatenate([named[f"gate.{layer}"] for layer in layers]) if module.gated else None
-        cache.append(key, value, gates, taken)
-        start += taken
-        if cache.room == 0:
-            cache.evict()

@@ -36,7 +36,7 @@ def export_coreml(job: Job) -> Target:
 
     def trace(module: HostEvicted, counts: dict[str, int]) -> Programs:
         if job.ops == "8a8w":
-            from trimkv_edge.export.backends.arm_quantize import tokens_for
+            from trimkv_edge.export.backends.calibration import tokens_for
             from trimkv_edge.export.backends.coreml_quantize import quantized
 
             return quantized(module, job.config, counts, tokens_for(job))

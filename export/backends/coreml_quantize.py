@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.export.backends.arm_quantize import calibrate
+from trimkv_edge.export.backends.calibration import calibrate
 from trimkv_edge.export.backends.coreml_package import GATE
 from trimkv_edge.export.backends.lowering import quiet, traced, zeros
 from trimkv_edge.export.host_evicted import HostEvicted

@@ -15,7 +15,8 @@ from typing import Any
 
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.export.backends.arm_border import border_of
-from trimkv_edge.export.backends.arm_quantize import MASKED_IN_BITS, quantized, tokens_for
+from trimkv_edge.export.backends.arm_quantize import quantized
+from trimkv_edge.export.backends.calibration import MASKED_IN_BITS, tokens_for
 from trimkv_edge.export.backends.lowering import check_job, lower, save_program, save_report, staged, whole
 from trimkv_edge.export.host_evicted import HostEvicted
 from trimkv_edge.export.host_files import chunks, save_host, tokens

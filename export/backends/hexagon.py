@@ -15,6 +15,7 @@ import onnx
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError, first_line
+from trimkv_edge.export.backends.calibration import MASKED_IN_BITS
 from trimkv_edge.export.backends.hexagon_float16 import for_float16
 from trimkv_edge.export.backends.lowering import quiet
 from trimkv_edge.export.host_evicted import CONSTANTS, GRAPHS, export_host_evicted
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 TARGET, ENGINE = "npu:hexagon", "qnn-emulator"
 PRECISIONS = ("fp16", "a16w8", "a8w8", "a16w4")
 INFO, HOST = "hexagon.json", "hexagon_host.json"
-# Of a quantised mask: its step follows from it, and behind softmax it is as good as any.
-_QUANTISED_MASK = -30.0
 _EVENTS = 8
 
 
@@ -62,7 +61,7 @@ def export_hexagon(job: Job) -> Target:
     """
     config, precision, soc = job.config, job.ops, job.soc or DEFAULT_SOC
     check_hexagon(config, precision, soc)
-    masked = MASKED if precision == "fp16" else _QUANTISED_MASK
+    masked = MASKED if precision == "fp16" else MASKED_IN_BITS
     with tempfile.TemporaryDirectory(prefix=".hexagon-", dir=job.folder) as temporary:
         work = Path(temporary)
         export_host_evicted(
