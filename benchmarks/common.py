@@ -8,7 +8,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from trimkv_edge.engine import Engine
+from trimkv_edge.engine import Engine, FloatArray, IntArray
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export, tool_versions
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import load_engine
@@ -60,6 +60,33 @@ def feed(engine: Engine, tokens: Iterable[int]) -> None:
         del pending[:size]
         if engine.room == 0:
             engine.evict()
+
+
+def read_stream(engine: Engine, text: Sequence[int]) -> tuple[list[FloatArray], list[IntArray]]:
+    """Reads from an empty cache: chunks until it is full, then single tokens.
+
+    Returns:
+        the logits of each call, and what each event kept, ``[layers, kv_heads, budget]``.
+    """
+    engine.reset()
+    logits: list[FloatArray] = []
+    kept: list[IntArray] = []
+    at = 0
+    while at < len(text):
+        left = engine.config.slots - at
+        count = min(engine.config.prefill_chunk, left) if left > 0 else 1
+        logits.append(engine.prefill(text[at : at + count]))
+        at += count
+        if engine.room == 0:
+            engine.evict()
+            kept.append(engine.survivors())
+    return logits, kept
+
+
+def shared(one: IntArray, other: IntArray) -> int:
+    """Entries that both keep, head by head; positions ``[..., budget]``."""
+    rows = (array.reshape(-1, array.shape[-1]) for array in (one, other))
+    return sum(int(np.isin(left, right).sum()) for left, right in zip(*rows, strict=True))
 
 
 def rss() -> int:

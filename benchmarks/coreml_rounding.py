@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from common import parser, save
-from npu_accuracy import BUFFER, perplexity, read, shared
+from npu_accuracy import BUFFER, perplexity, read, share
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.backends.calibration import TorchHost
@@ -50,16 +50,16 @@ def main() -> None:
     text, config = random_text(rng, 1104, held_out=True), CacheConfig(224, BUFFER, BUFFER)
     ranges = random_text(rng, config.slots + 3 * BUFFER)
     model = load("rg")
-    logits, kept = read(eager_engine(model, config, 2**24), text, config.slots)
+    logits, kept = read(eager_engine(model, config, 2**24), text)
     results: list[dict[str, Any]] = []
     for precision in args.precisions:
-        found, survivors = read(rounded(model, precision, config, ranges), text, config.slots)  # type: ignore[arg-type]
+        found, survivors = read(rounded(model, precision, config, ranges), text)  # type: ignore[arg-type]
         results.append(
             {
                 "precision": precision,
                 "tokens": len(text),
                 "events": len(kept),
-                "survivors_own": round(shared(kept, survivors), 5),
+                "survivors_own": round(share(kept, survivors), 5),
                 "greedy": round(float((logits.argmax(-1) == found.argmax(-1)).mean()), 5),
                 "greedy_calls": len(logits),
                 "perplexity": round(perplexity(found, text), 4),

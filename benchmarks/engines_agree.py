@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import exported, open_engine, parser, save
+from common import exported, open_engine, parser, read_stream, save, shared
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine, IntArray
@@ -67,19 +67,10 @@ class Case:
 
 
 def read(engine: Engine, text: list[int]) -> Made:
-    """Chunks until the cache is full, then single tokens."""
-    kept: list[IntArray] = []
-    greedy: list[int] = []
-    at, rows = 0, engine.num_layers * engine.num_kv_heads
-    while at < len(text):
-        full = engine.config.slots - at
-        count = min(engine.config.prefill_chunk, full) if full > 0 else 1
-        greedy.append(int(engine.prefill(text[at : at + count]).argmax()))
-        at += count
-        if engine.room == 0:
-            engine.evict()
-            kept.append(engine.survivors().reshape(rows, -1))
-    return Made(np.asarray(kept, np.int64), np.asarray(greedy, np.int64))
+    """What an engine of this package does."""
+    logits, kept = read_stream(engine, text)
+    rows = engine.num_layers * engine.num_kv_heads
+    return Made(np.stack(kept).reshape(len(kept), rows, -1), np.stack(logits).argmax(-1))
 
 
 def with_engine(name: str) -> Callable[[Path, list[int], int], Made]:
@@ -169,10 +160,9 @@ def compare(want: Made, got: Made) -> dict[str, int]:
     """
     if want.kept.shape != got.kept.shape or want.greedy.shape != got.greedy.shape:
         raise ValueError(f"{got.kept.shape} and {got.greedy.shape}, but the reference has {want.kept.shape}")
-    pairs = zip(want.kept.reshape(-1, want.kept.shape[-1]), got.kept.reshape(-1, got.kept.shape[-1]), strict=True)
     return {
         "survivors": want.kept.size,
-        "survivors_same": sum(int(np.isin(left, right).sum()) for left, right in pairs),
+        "survivors_same": shared(want.kept, got.kept),
         "greedy": want.greedy.size,
         "greedy_same": int((want.greedy == got.greedy).sum()),
     }

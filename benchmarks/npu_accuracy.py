@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import exported, open_engine, parser, save
+from common import exported, open_engine, parser, read_stream, save, shared
 from full_vs_budget import answered
 
 from trimkv_edge.config import CacheConfig
@@ -33,30 +33,15 @@ from trimkv_edge.runtime.artefact import Artefact
 BUFFER = 32
 
 
-def read(engine: Engine, text: list[int], full: int) -> tuple[FloatArray, list[IntArray]]:
-    """Logits after each token from the ``full``-th on, and what was kept at each event."""
-    engine.reset()
-    kept: list[IntArray] = []
-    logits: list[FloatArray] = []
-    at = 0
-    while at < len(text):
-        count = min(engine.config.prefill_chunk, engine.room, full - at) if at < full else 1
-        logits.append(engine.prefill(text[at : at + count]))
-        at += count
-        if engine.room == 0:
-            engine.evict()
-            kept.append(engine.survivors())
-    return np.stack(logits[-(len(text) - full) - 1 :]), kept
+def read(engine: Engine, text: list[int]) -> tuple[FloatArray, list[IntArray]]:
+    """Logits after each token from that on which fills the cache, and what was kept at each event."""
+    logits, kept = read_stream(engine, text)
+    return np.stack(logits[-(len(text) - engine.config.slots) - 1 :]), kept
 
 
-def shared(one: list[IntArray], other: list[IntArray]) -> float:
-    """Share of survivors that both keep."""
-    same = total = 0
-    for left, right in zip(one, other, strict=True):
-        for head in np.ndindex(*left.shape[:2]):
-            same += len(set(left[head].tolist()) & set(right[head].tolist()))
-            total += left.shape[-1]
-    return same / total
+def share(one: list[IntArray], other: list[IntArray]) -> float:
+    """Share of survivors that both keep, over all events."""
+    return sum(shared(*pair) for pair in zip(one, other, strict=True)) / sum(kept.size for kept in one)
 
 
 def by_event(reference: Engine, engine: Engine, text: list[int]) -> float:
@@ -76,7 +61,7 @@ def by_event(reference: Engine, engine: Engine, text: list[int]) -> float:
                 one.evict()
                 kept.append(one.survivors())
             engine.load_state(reference.state())
-    return shared(want, got)
+    return share(want, got)
 
 
 def perplexity(logits: FloatArray, text: list[int]) -> float:
@@ -113,7 +98,7 @@ def main() -> None:
     ]
     for kind in args.gates:
         reference = eager_engine(load(kind), config, 2**24)
-        logits, kept = read(reference, text, config.slots)
+        logits, kept = read(reference, text)
         right, asked = (sum(x) for x in zip(*(answered(reference, one) for one in dialogues), strict=True))
         for precision in precisions:
             settings = dict(budget=str(args.budget), buffer=BUFFER, prefill_chunk=BUFFER, gates=kind)
@@ -122,7 +107,7 @@ def main() -> None:
                 made = time.perf_counter() - begun
                 name = args.engine or Artefact.load(folder, verify=False).manifest.targets[args.target].engine
                 engine = open_engine(folder, name, args.threads)
-                found, survivors = read(engine, text, config.slots)
+                found, survivors = read(engine, text)
                 row = {
                     "target": args.target,
                     "precision": precision,
@@ -132,7 +117,7 @@ def main() -> None:
                     "buffer": BUFFER,
                     "tokens": len(text),
                     "events": len(kept),
-                    "survivors_own": round(shared(kept, survivors), 5),
+                    "survivors_own": round(share(kept, survivors), 5),
                     "survivors_event": round(by_event(reference, engine, text), 5),
                     "greedy": round(float((logits.argmax(-1) == found.argmax(-1)).mean()), 5),
                     "greedy_calls": len(logits),
