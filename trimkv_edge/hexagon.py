@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
-from trimkv_edge.errors import ArtefactError, ConfigError
+from trimkv_edge.errors import ConfigError
 from trimkv_edge.files import replace_text
 from trimkv_edge.host_border import Encoding
+from trimkv_edge.host_json import check_format, read_json
 
 FORMAT = 1
 
@@ -44,6 +45,9 @@ class HexagonInfo:
         soc: a key of :data:`SOCS`.
         qairt: version of Qualcomm's compiler.
         encodings: of inputs and outputs by name, alike in all graphs; empty: they are float32.
+
+    Raises:
+        ConfigError: a chip that is not known.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -52,6 +56,10 @@ class HexagonInfo:
     soc: str
     qairt: str
     encodings: dict[str, Encoding]
+
+    def __post_init__(self) -> None:
+        if self.format == FORMAT:
+            find_soc(self.soc)
 
     def save(self, path: Path) -> None:
         """As JSON; every scale comes back as it was."""
@@ -67,22 +75,6 @@ def load_info(path: Path) -> HexagonInfo:
     Raises:
         ArtefactError: the file cannot be read, has another format, or names a chip that is not known.
     """
-    try:
-        info = _ADAPTER.validate_json(path.read_bytes())
-        if info.format == FORMAT:
-            find_soc(info.soc)
-    except (OSError, ValidationError, ConfigError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            reason = error.errors()[0]["msg"]
-        elif isinstance(error, OSError):
-            reason = error.strerror or "it cannot be opened"
-        raise ArtefactError(
-            f"{path} cannot be read ({reason}): copy the whole folder again or export it again"
-        ) from error
-    if info.format != FORMAT:
-        raise ArtefactError(
-            f"{path} has format {info.format}, but this trimkv-edge reads format {FORMAT}: "
-            "install the version that made it, or export again"
-        )
+    info = read_json(path, _ADAPTER)
+    check_format(path, info.format, FORMAT)
     return info

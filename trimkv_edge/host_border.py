@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from trimkv_edge.engine import FloatArray
-from trimkv_edge.errors import ArtefactError, ConfigError
+from trimkv_edge.errors import ConfigError
 from trimkv_edge.files import replace_text
+from trimkv_edge.host_json import read_json
 
 DTYPES = ("float32", "int8", "int16", "uint8", "uint16")
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -92,8 +93,4 @@ def save_borders(borders: dict[str, Border], path: Path) -> None:
 
 def load_borders(path: Path) -> dict[str, Border]:
     """Reads what :func:`save_borders` wrote; raises :class:`ArtefactError` if that is not possible."""
-    try:
-        return _ADAPTER.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ArtefactError(f"{path} cannot be read ({reason}): copy the whole folder again or export again") from error
+    return read_json(path, _ADAPTER)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
-from trimkv_edge.errors import ArtefactError
 from trimkv_edge.files import replace_text
 from trimkv_edge.host_cache import Rotary
+from trimkv_edge.host_json import check_format, read_json
 
 FORMAT = 1
 
@@ -50,16 +50,6 @@ def load_constants(path: Path) -> HostConstants:
     Raises:
         ArtefactError: the file cannot be read, or has another format.
     """
-    try:
-        constants = _ADAPTER.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ArtefactError(
-            f"{path} cannot be read ({reason}): copy the whole folder again or export it again"
-        ) from error
-    if constants.format != FORMAT:
-        raise ArtefactError(
-            f"{path} has format {constants.format}, but this trimkv-edge reads format {FORMAT}: "
-            "install the version that made it, or export again"
-        )
+    constants = read_json(path, _ADAPTER)
+    check_format(path, constants.format, FORMAT)
     return constants
