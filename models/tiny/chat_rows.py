@@ -4,15 +4,13 @@ A row is several rounds: new facts and updates, texts with most of them left out
 a row far more values are said than a head may hold, and none is asked for after its round.
 """
 
-import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from trimkv_edge.models.tiny import data
-from trimkv_edge.models.tiny.train_rows import WEIGHTS, write_rows
+from trimkv_edge.models.tiny.train_rows import WEIGHTS, command
 from trimkv_edge.models.tiny.words import VALUES
 
 TEXT = (8, 48)  # tokens of a text
@@ -77,15 +75,7 @@ def _gap(rng: random.Random, dialogue: data.Dialogue, longest: int) -> Gap:
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--facts", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=16_000, help="longest skipped stretch of a round, in tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_rows(chat_rows(args.seed, args.length, args.facts, args.longest), args.rows, args.output)
+    command(chat_rows, __doc__, 1024, 16_000)
 
 
 if __name__ == "__main__":

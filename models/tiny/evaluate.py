@@ -15,14 +15,14 @@ from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates
+from trimkv_edge.models.registry import MODELS
 from trimkv_edge.models.tiny import bounded, data
 from trimkv_edge.models.tiny.tokenizer import WEIGHTS, load_tokenizer
-from trimkv_edge.retention import GATE_KINDS
 from trimkv_edge.training.backends import FullAttention
 
 BUFFER = 32
 SINKS = 4
-GATES = (*GATE_KINDS, "rg-chat")
+GATES = tuple(MODELS["tiny"].gates)
 
 
 def load(name: str) -> GatedModel:

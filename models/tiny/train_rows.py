@@ -2,16 +2,17 @@
 
 import argparse
 import json
-import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from trimkv_edge.files import replace_durably
 from trimkv_edge.models.tiny import data
 
+Rows = Callable[[int, int, int, int], Iterator[dict[str, Any]]]
 ANSWER_WEIGHT = 20.0
 WEIGHTS = {data.ANSWER: ANSWER_WEIGHT, data.RANDOM: 0.0}
 
@@ -36,26 +37,34 @@ def gate_rows(seed: int, length: int, facts: int, longest: int) -> Iterator[dict
         }
 
 
-def write_rows(rows: Iterator[dict[str, Any]], count: int, output: Path) -> None:
-    """Writes `count` rows as JSON lines; the file appears whole or not at all."""
-    beside = output.with_name(f".{output.name}.partial")
-    with beside.open("w", encoding="utf-8") as out:
-        for _ in tqdm(range(count), unit="row"):
-            out.write(json.dumps(next(rows)) + "\n")
-    os.replace(beside, output)
+def command(make: Rows, description: str | None, length: int, longest: int) -> None:
+    """A command that writes rows of `make` as JSON lines; the file appears whole or not at all.
+
+    Args:
+        make: `(seed, length, facts, longest)` -> rows without end.
+        length, longest: defaults.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--length", type=int, default=length)
+    parser.add_argument("--facts", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=longest, help="longest skipped stretch, in tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows = make(args.seed, args.length, args.facts, args.longest)
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as out:
+            for _ in tqdm(range(args.rows), unit="row"):
+                out.write(json.dumps(next(rows)) + "\n")
+
+    replace_durably(args.output, write)
 
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--facts", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=100_000, help="longest skipped stretch, in tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_rows(gate_rows(args.seed, args.length, args.facts, args.longest), args.rows, args.output)
+    command(gate_rows, __doc__, 512, 100_000)
 
 
 if __name__ == "__main__":
