@@ -96,7 +96,9 @@ def test_reset_needs_no_zeroed_memory(artefact: ExecuTorchArtefact) -> None:
     """A runtime may hand out arenas with anything in them, even NaN."""
     engine = artefact.engine()
     clean = feed(engine, random_tokens(60), SIZES)
-    engine._write(*(np.full_like(array, np.nan) for array in engine._read()), engine._kept_positions() * 0 - 7, 0, 0)
+    poison = [np.full_like(array, np.nan) for array in engine._read()]
+    engine._write(*poison, engine._kept_positions() * 0 - 7, 0, engine.config.slots)
+    assert all(np.isnan(array).all() for array in engine._read())
     engine.reset()
     assert same(clean, feed(engine, random_tokens(60), SIZES))
 
