@@ -36,7 +36,7 @@ from trimkv_edge.export.targets import TARGETS, Job, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import MIN_EVENTS
 from trimkv_edge.files import new_folder
-from trimkv_edge.hexagon import find_soc
+from trimkv_edge.hexagon import check_shards, find_soc
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, TokenizerInfo, describe_files
 from trimkv_edge.models.gated import GatedModel
@@ -87,6 +87,7 @@ class ExportRequest:
     rope: str = "auto"
     stream_length: int | None = None
     soc: str | None = None
+    shards: int | None = None
     weights: Path | None = None
     random_weights: bool = False
     seed: int = 0
@@ -170,10 +171,13 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     )
     for target in request.targets:
         TARGETS[target].check(cache)
+    for option, given, what in (("soc", request.soc, "a chip"), ("shards", request.shards, "parts of a graph")):
+        if given is not None and "npu:hexagon" not in request.targets:
+            raise ConfigError(f"--{option} is {what} of --target npu:hexagon: leave it out, or add that target")
     if request.soc is not None:
-        if "npu:hexagon" not in request.targets:
-            raise ConfigError("--soc is a chip of --target npu:hexagon: leave it out, or add that target")
         find_soc(request.soc)
+    if request.shards is not None:
+        check_shards(request.shards, shape.num_layers)
     calibration = None
     if policy.pooled:
         request = replace(request, caps=request.caps or AUTO)
@@ -235,7 +239,7 @@ def _kv_dtype(request: ExportRequest, policy: Policy, scheme: Scheme, ops: dict[
                 f"{target} keeps {' or '.join(TARGETS[target].kv_dtypes)} keys and values: leave out --kv-dtype, or "
                 f"the target"
             )
-    option = "--quant fp16" if chosen == "float16" else "--kv-dtype"
+    option = f"--quant {scheme.name}" if chosen == "float16" else "--kv-dtype"
     if chosen != "float32" and (policy.pooled or policy.key_score):
         raise ConfigError(
             f"policy {policy.name} needs float32 keys and values: leave out {option}, or use another policy"
@@ -291,6 +295,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
                     say=detail,
                     progress=progress,
                     soc=request.soc,
+                    shards=request.shards,
                 )
             )
         manifest = Manifest(

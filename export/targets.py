@@ -33,6 +33,7 @@ class Job:
         key: of the numbers: source, gates and scheme.
         restart: do not go on with what an interrupted export left.
         soc: chip that is compiled for, where a target has a choice; None: its default.
+        shards: parts that a graph is cut into, where a target can; None: as many as it needs.
         say: called with one line per stage.
         progress: called with (done, in all) in long stages.
     """
@@ -50,6 +51,7 @@ class Job:
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None
     soc: str | None = None
+    shards: int | None = None
 
     def numbers(self) -> Numbers:
         """How packing the weights is reported and gone on with."""

@@ -72,20 +72,20 @@ def base_config(case: str, **more: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**_COMMON, **special, **more})
 
 
-def base_model(case: str, seed: int = 0) -> PreTrainedModel:
+def base_model(case: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A plain transformers model with seeded random weights, float32, wide enough logits to have clear winners."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(base_config(case), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(base_config(case, **more), dtype=torch.float32).eval()
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return model
 
 
-def gated_model(case: str, kind: str = "rg", seed: int = 0, rope: str = "auto") -> GatedModel:
-    """The same weights with random gates whose log-betas are spread."""
-    base = base_model(case, seed)
+def gated_model(case: str, kind: str = "rg", seed: int = 0, rope: str = "auto", **more: Any) -> GatedModel:
+    """The same weights with random gates whose log-betas are spread; ``more``: as for :func:`base_config`."""
+    base = base_model(case, seed, **more)
     fix_rope(base, rope)
     return GatedModel(base, random_gates(kind, GateShape.of(base.config), 24, seed)).eval().requires_grad_(False)
 

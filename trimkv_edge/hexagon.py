@@ -35,6 +35,17 @@ def find_soc(name: str) -> Soc:
     return SOCS[name]
 
 
+def check_shards(shards: int, layers: int) -> None:
+    """Raises :class:`ConfigError` unless a graph of so many layers can be cut into so many parts."""
+    if not 1 <= shards <= layers:
+        raise ConfigError(f"--shards is {shards}, but {layers} layers can be cut into 1 to {layers} parts")
+
+
+def shard_role(graph: str, part: int) -> str:
+    """Role among an artefact's files of one part of a graph that is cut; the first has the graph's name."""
+    return f"{graph}_{part + 1}" if part else graph
+
+
 @dataclass(frozen=True)
 class HexagonInfo:
     """How the graphs were compiled.

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.export.backends.arm_recipes import rounding
-from trimkv_edge.export.backends.calibration import calibrate
+from trimkv_edge.export.backends.calibration import calibrate, look_once_at_weights
 from trimkv_edge.export.backends.lowering import quiet, traced, zeros
 from trimkv_edge.export.host_evicted import HostEvicted
 
@@ -50,8 +50,9 @@ def quantized(
             # Guards are a submodule that Arm's passes do not know.
             prepared[name] = prepare_pt2e(traced(module, config, count).module(check_guards=False), annotator)
             _share_scales(prepared[name], module, cached)
-        for name, count in counts.items():
-            calibrate(prepared[name], module, config, count, tokens)
+        for graph in prepared.values():
+            look_once_at_weights(graph)
+        calibrate({count: prepared[name] for name, count in counts.items()}, module, config, tokens)
         return {
             name: torch.export.export(convert_pt2e(graph), zeros(module, config, counts[name]), strict=False)
             for name, graph in prepared.items()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
@@ -18,6 +21,8 @@ from trimkv_edge.host_cache import MASKED, HostCache, Rotary, padded
 # What the mask adds to hidden slots where it is rounded: -10,000 would make its step 39 in 8 bits, and behind softmax
 # this is as good.
 MASKED_IN_BITS = -30.0
+# At each end of the stream, for graphs that take few tokens: the empty cache, and one that evicts.
+SOME = 256
 
 
 class TorchHost:
@@ -78,16 +83,42 @@ class TorchHost:
 
 
 def calibrate(
-    prepared: Callable[..., Any], module: HostEvicted, config: CacheConfig, count: int, tokens: Sequence[int]
+    graphs: Mapping[int, Callable[..., Any]], module: HostEvicted, config: CacheConfig, tokens: Sequence[int]
 ) -> None:
-    """Reads ``tokens`` with one graph, for ``count`` tokens; its observers note every range and change no number."""
-    host, start = TorchHost(module, {count: prepared}, config, MASKED_IN_BITS), 0
-    while start < len(tokens):
-        taken = min(count, host.room, len(tokens) - start)
-        host.prefill(tokens[start : start + taken])
-        start += taken
-        if host.room == 0:
-            host.evict()
+    """Reads ``tokens`` once with each graph; its observers note every range and change no number.
+
+    Args:
+        graphs: by number of tokens. Of a long stream, all but the one for the most read only the first and the last
+            ``SOME`` tokens themselves; what lies between fills the cache faster.
+    """
+    most, end = max(graphs), len(tokens)
+    for count in graphs:
+        host, start = TorchHost(module, {one: graphs[one] for one in (count, most)}, config, MASKED_IN_BITS), 0
+        while start < end:
+            between = end - SOME - start if count < most and start >= SOME else 0
+            taken = min(most, between) if between > 0 else min(count, end - start)
+            taken = min(taken, host.room)
+            host.prefill(tokens[start : start + taken])
+            start += taken
+            if host.room == 0:
+                host.evict()
+
+
+def look_once_at_weights(prepared: GraphModule) -> None:
+    """Lets observers that see nothing but weights, which no token changes, see them now and never again."""
+    seen: dict[nn.Module, list[Node]] = {}
+    for node in prepared.graph.nodes:
+        if node.op == "call_module":
+            seen.setdefault(attrgetter(node.target)(prepared), []).append(node.args[0])
+    for observer, sources in seen.items():
+        if all(source.op == "get_attr" for source in sources):
+            for source in sources:
+                observer(attrgetter(source.target)(prepared))
+            observer.forward = _unseen
+
+
+def _unseen(weight: Tensor) -> Tensor:
+    return weight
 
 
 def tokens_for(job: Job) -> list[int]:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.export.backends.calibration import calibrate
+from trimkv_edge.export.backends.calibration import calibrate, look_once_at_weights
 from trimkv_edge.export.backends.coreml_package import GATE
 from trimkv_edge.export.backends.lowering import quiet, traced, zeros
 from trimkv_edge.export.host_evicted import HostEvicted
@@ -39,7 +39,9 @@ def quantized(
         reader = max(counts, key=lambda name: counts[name])
         for graph in prepared.values():
             _share(graph, prepared[reader])
-        calibrate(prepared[reader], module, config, counts[reader], tokens)
+        for graph in prepared.values():
+            look_once_at_weights(graph)
+        calibrate({counts[reader]: prepared[reader]}, module, config, tokens)
         return {
             name: torch.export.export(convert_pt2e(graph), zeros(module, config, counts[name]), strict=False)
             for name, graph in prepared.items()

@@ -1,4 +1,5 @@
-"""``npu:hexagon``: host-evicted graphs, compiled for Qualcomm's HTP by onnxruntime-qnn; each whole, as one context.
+"""``npu:hexagon``: host-evicted graphs, compiled for Qualcomm's HTP by onnxruntime-qnn; each whole, as one context, or
+as few as hold its weights.
 
 The files are what ONNX Runtime's QNN provider loads on a phone: a graph of one node, and the binary that it names.
 """
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+from torch import nn
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError, first_line
 from trimkv_edge.export.backends.calibration import MASKED_IN_BITS
 from trimkv_edge.export.backends.hexagon_float16 import for_float16
+from trimkv_edge.export.backends.hexagon_shards import cut, shards_needed
 from trimkv_edge.export.backends.lowering import quiet
 from trimkv_edge.export.host_evicted import CONSTANTS, GRAPHS, export_host_evicted
 from trimkv_edge.export.host_files import EMBEDDING, chunks, tokens
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.tokenizer import sample_tokens
-from trimkv_edge.hexagon import DEFAULT_SOC, FORMAT, HexagonInfo, find_soc
+from trimkv_edge.hexagon import DEFAULT_SOC, FORMAT, HexagonInfo, check_shards, find_soc, shard_role
 from trimkv_edge.host_border import Encoding
 from trimkv_edge.host_cache import MASKED
 from trimkv_edge.host_constants import load_constants
@@ -31,6 +34,7 @@ from trimkv_edge.runtime.engines.qnn_emulator import htp_options, qairt_version,
 
 if TYPE_CHECKING:
     from trimkv_edge.export.targets import Job
+    from trimkv_edge.models.gated import GatedModel
 
 TARGET, ENGINE = "npu:hexagon", "qnn-emulator"
 PRECISIONS = ("fp16", "a16w8", "a8w8", "a16w4")
@@ -56,11 +60,13 @@ def export_hexagon(job: Job) -> Target:
         job: ``ops`` is the precision; ``soc`` the chip, a key of :data:`~trimkv_edge.hexagon.SOCS`.
 
     Raises:
-        ConfigError: as :func:`check_hexagon`.
+        ConfigError: as :func:`check_hexagon`, or more shards than layers.
         VerificationError: the compiler left a part of a graph to the CPU.
     """
     config, precision, soc = job.config, job.ops, job.soc or DEFAULT_SOC
     check_hexagon(config, precision, soc)
+    if job.shards is not None:
+        check_shards(job.shards, job.model.config.num_hidden_layers)
     masked = MASKED if precision == "fp16" else MASKED_IN_BITS
     with tempfile.TemporaryDirectory(prefix=".hexagon-", dir=job.folder) as temporary:
         work = Path(temporary)
@@ -84,15 +90,28 @@ def export_hexagon(job: Job) -> Target:
         files = {"info": INFO, "constants": HOST, "embedding": EMBEDDING}
         made = work / "made"
         made.mkdir()
+        layers = job.model.config.num_hidden_layers
+        shards = job.shards or shards_needed(_weight_bytes(job.model, precision), layers)
         for role, count in counts.items():
-            job.say(f"{TARGET}: compiling the graph for {tokens(count)} ({soc}, {precision})")
-            files |= _compile(graphs[count], made, role, soc)
+            for part, path in enumerate(cut(graphs[count], layers, shards)):
+                which = f", part {part + 1} of {shards}" if shards > 1 else ""
+                job.say(f"{TARGET}: compiling the graph for {tokens(count)}{which} ({soc}, {precision})")
+                files |= _compile(path, made, shard_role(role, part), soc)
         os.replace(work / EMBEDDING, made / EMBEDDING)
         os.replace(work / CONSTANTS, made / HOST)
         HexagonInfo(FORMAT, precision, soc, qairt_version(), encodings).save(made / INFO)
         for name in files.values():
             os.replace(made / name, job.folder / name)
     return Target(ENGINE, precision, files)
+
+
+def _weight_bytes(model: GatedModel, precision: str) -> int:
+    """Of a graph's linear layers, compiled."""
+    from trimkv_edge.export.backends.hexagon_quantize import RECIPES, weight_bits
+
+    wide = 16 if precision == "fp16" else 0
+    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    return sum(part.weight.numel() * (wide or weight_bits(name, RECIPES[precision])) for name, part in linear) // 8
 
 
 def _quantised(

@@ -236,7 +236,7 @@ def _overrides(model: ModelProto, recipe: Recipe) -> dict[str, list[dict[str, An
             tensor = weights.get(name)
             if node.op_type == "MatMul" and tensor is not None:
                 axis = len(tensor.dims) - 1
-                if recipe.weights == 8 or any(part in name for part in _EIGHT):
+                if weight_bits(name, recipe) == 8:
                     found[name] = [{"quant_type": QuantType.QInt8, "axis": axis, "symmetric": True}]
                 else:
                     found[name] = [
@@ -247,6 +247,11 @@ def _overrides(model: ModelProto, recipe: Recipe) -> dict[str, list[dict[str, An
         fine = _fine(model)
         found |= {name: [{"quant_type": QuantType.QUInt16}] for name in fine if name not in weights}
     return found
+
+
+def weight_bits(name: str, recipe: Recipe) -> int:
+    """Of a linear layer; ``name``: of it or its weight."""
+    return 8 if any(part in name for part in _EIGHT) else recipe.weights
 
 
 def int4_scales(weight: FloatArray) -> FloatArray:

@@ -177,10 +177,12 @@ class HostEvictedEngine(ArtefactEngine):
     ) -> None:
         self._cache.load(key, value, log_beta, kept, seen, live)
 
+    def _profiles(self) -> list[str]:
+        return [session.end_profiling() for session in self._sessions.values()]
+
     def _read_profile(self) -> list[OperatorTime]:
-        files = [Path(session.end_profiling()) for session in self._sessions.values()]
         found: dict[str, OperatorTime] = {}
-        for row in (row for file in files for row in read_onnxruntime(file)):
+        for row in (row for file in self._profiles() for row in read_onnxruntime(Path(file))):
             before = found.get(row.operator, OperatorTime(row.operator, 0, 0.0))
             found[row.operator] = OperatorTime(row.operator, before.calls + row.calls, before.seconds + row.seconds)
         return sorted(found.values(), key=lambda row: -row.seconds)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, TrimKVError
-from trimkv_edge.hexagon import find_soc, load_info
+from trimkv_edge.hexagon import find_soc, load_info, shard_role
 from trimkv_edge.host_cache import HostCache
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.host_evicted import HostEvictedEngine
@@ -85,6 +85,37 @@ def htp_options(soc: str) -> Any:
     return options
 
 
+class Chain:
+    """Parts of one graph, as one session: what a part gives, those after it may take.
+
+    Attributes:
+        whole: the last part gives logits.
+    """
+
+    def __init__(self, sessions: Sequence[Any]) -> None:
+        self._sessions = sessions
+        self._reads = [[node.name for node in one.get_inputs()] for one in sessions]
+        self._gives = [[node.name for node in one.get_outputs()] for one in sessions]
+        self.whole = "logits" in self._gives[-1]
+
+    def get_inputs(self) -> list[Any]:
+        """Those that no part gives; once each."""
+        given = {name for names in self._gives for name in names}
+        found = {node.name: node for one in self._sessions for node in one.get_inputs()}
+        return [node for name, node in found.items() if name not in given]
+
+    def run(self, feed: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """All that the parts gave, by name."""
+        known = dict(feed)
+        for session, reads, gives in zip(self._sessions, self._reads, self._gives, strict=True):
+            known |= zip(gives, session.run(None, {name: known[name] for name in reads}), strict=True)
+        return known
+
+    def profiles(self) -> list[str]:
+        """Ends profiling; the parts' files."""
+        return [session.end_profiling() for session in self._sessions]
+
+
 class QnnEmulatorEngine(HostEvictedEngine):
     """Runs the ``npu:hexagon`` target of an artefact from its context binaries, the files that a phone loads.
 
@@ -112,6 +143,12 @@ class QnnEmulatorEngine(HostEvictedEngine):
         super().__init__(folder, manifest, target, threads, profile=profile)
 
     def _load(self, role: str) -> Any:
+        roles = [role]
+        while (following := shard_role(role, len(roles))) in self._target.files:
+            roles.append(following)
+        return Chain([self._open(one) for one in roles])
+
+    def _open(self, role: str) -> Any:
         path = self._file(role)
         self._file(f"{role}_context")
         options = htp_options(self._info.soc)
@@ -143,6 +180,8 @@ class QnnEmulatorEngine(HostEvictedEngine):
         found = {node.name: (node.shape, _TYPES.get(node.type)) for node in session.get_inputs()}
         wanted = {name: (list(array.shape), array.dtype.name) for name, array in read.items()}
         wrong = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+        if not session.whole:
+            raise ArtefactError(f"{path} and its parts give no logits, so one is missing: export it again")
         if wrong:
             raise ArtefactError(
                 f"{path} has {wrong[0]} of shape and type {found.get(wrong[0])}, but the manifest means "
@@ -159,9 +198,7 @@ class QnnEmulatorEngine(HostEvictedEngine):
 
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
         chunk = 1 if ids.size == 1 else self.config.prefill_chunk
-        session = self._sessions[chunk]
-        names = [node.name for node in session.get_outputs()]
-        out = dict(zip(names, session.run(None, self._feed(ids, position, chunk)), strict=True))
+        out = self._sessions[chunk].run(self._feed(ids, position, chunk))
         layers = range(self.num_layers)
         key, value = (np.concatenate([out[f"new.{layer}.{kind}"] for layer in layers]) for kind in ("key", "value"))
         gates = None
@@ -170,6 +207,9 @@ class QnnEmulatorEngine(HostEvictedEngine):
         self._cache.append(key, value, gates, ids.size)
         logits: FloatArray = self._real("logits", out["logits"])[0, 0]
         return logits
+
+    def _profiles(self) -> list[str]:
+        return [file for chain in self._sessions.values() for file in chain.profiles()]
 
     def _real(self, name: str, stored: npt.NDArray[Any]) -> FloatArray:
         encoding = self._info.encodings.get(name)

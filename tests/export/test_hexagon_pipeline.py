@@ -70,7 +70,11 @@ def test_engines_are_chosen_by_what_targets_name(artefact: Path) -> None:
         choose_engine(loaded, "host-evicted")
 
 
-def test_a_chip_needs_its_target(model: Path, tmp_path: Path) -> None:
+def test_options_of_the_target_need_it(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--shards is parts of a graph of --target npu:hexagon"):
+        plan_export(request_for(model, tmp_path / "new", targets=("onnx",), shards=2))
+    with pytest.raises(ConfigError, match="--shards is 3, but 2 layers can be cut into 1 to 2 parts"):
+        plan_export(request_for(model, tmp_path / "new", targets=("npu:hexagon",), shards=3))
     with pytest.raises(ConfigError, match="--soc is a chip of --target npu:hexagon"):
         plan_export(request_for(model, tmp_path / "new", targets=("onnx",), soc="sm8750"))
     with pytest.raises(ConfigError, match="SoC 'sm1' is not known"):

@@ -121,6 +121,7 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         + "; ".join(f"{', '.join(backend.precisions)} ({name})" for name, backend in BACKENDS.items()),
     )
     add("--soc", metavar="NAME", help="npu:hexagon: the chip, sm8550, sm8650 or sm8750 (default)")
+    add("--shards", type=int, metavar="N", help="npu:hexagon: cut graphs into N parts (default: as few as it loads)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")
     add(
         "--onnx-ops",
@@ -279,6 +280,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         random_weights=args.random_weights,
         seed=args.seed,
         soc=args.soc,
+        shards=args.shards,
         restart=args.restart,
         force=args.force,
     )

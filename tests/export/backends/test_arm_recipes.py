@@ -61,7 +61,6 @@ def path(node: Node) -> str:
     return [str(place) for place, _ in node.meta["nn_module_stack"].values()][-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "kept", "read", "bits"), [("int8", 8, 8, 8), ("a8w4", 8, 8, 4), ("a16w8", 16, 16, 8)]
 )

@@ -17,9 +17,8 @@ from trimkv_edge.export.backends.ethos_u85 import read_vela
 need("npu:ethos-u85")
 
 
-@pytest.mark.slow
 def test_all_of_it_runs_on_the_npu(tmp_path: Path) -> None:
-    model = spread_gates(gated_model("llama-gqa"))
+    model = spread_gates(gated_model("llama-gqa", num_hidden_layers=1))
     made = compiled("npu:ethos-u85", model, CacheConfig(24, 8, 8), tmp_path, "int8")
     report = json.loads((tmp_path / "ethos_u85_report.json").read_text())
     borders = json.loads((tmp_path / "ethos_u85_borders.json").read_text())

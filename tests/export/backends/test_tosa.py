@@ -76,28 +76,31 @@ def test_it_has_one_thread_and_no_profile(exact: Artefact) -> None:
         TosaEngine(exact.folder, exact.manifest, exact.target, profile=True)
 
 
-@pytest.mark.slow
+# One layer, and mostly one graph: Arm's compiler takes a quarter of a minute for each of both.
 @pytest.mark.parametrize(
-    ("model", "precision", "survivors", "cosine"),
+    ("model", "precision", "chunk", "survivors", "cosine"),
     [
-        ("qwen3-gqa", "int8", 0.97, 0.99),  # its norms of queries and keys read 8-bit layers
-        ("llama-gqa", "a8w4", 0.8, 0.9),
-        ("llama-gqa", "a16w8", 0.98, 0.99),
+        ("qwen3-gqa", "int8", 8, 0.97, 0.99),  # its norms of queries and keys read 8-bit layers
+        ("llama-gqa", "a8w4", 1, 0.8, 0.9),
+        ("llama-gqa", "a16w8", 1, 0.98, 0.99),
     ],
 )
-def test_integers_agree_closely(model: str, precision: str, survivors: float, cosine: float, tmp_path: Path) -> None:
-    made = compiled("tosa", spread_gates(gated_model(model)), CONFIG, tmp_path, precision)
+def test_integers_agree_closely(
+    model: str, precision: str, chunk: int, survivors: float, cosine: float, tmp_path: Path
+) -> None:
+    config = CacheConfig(CONFIG.budget, CONFIG.buffer, chunk)
+    made = compiled("tosa", spread_gates(gated_model(model, num_hidden_layers=1)), config, tmp_path, precision)
     borders = json.loads((tmp_path / "tosa_borders.json").read_text())
+    assert set(borders) == ({"decode", "prefill"} if chunk > 1 else {"decode"})
     ports = {side: {port["name"]: port for port in borders["decode"][side]} for side in ("inputs", "outputs")}
-    for port in (*borders["decode"]["inputs"], *borders["prefill"]["outputs"]):
+    for port in (*borders["decode"]["inputs"], *borders[list(borders)[-1]]["outputs"]):
         cached = port["name"].startswith(("past.", "new."))
         assert port["dtype"] == ("int8" if cached and precision != "a16w8" else "int16"), port
-    for layer in range(2):  # a row comes back as the integers that it was
-        for kind in ("key", "value"):
-            entering, leaving = ports["inputs"][f"past.{layer}.{kind}"], ports["outputs"][f"new.{layer}.{kind}"]
-            assert entering["zero_point"] == leaving["zero_point"]
-            # Alike to a float32 or so: no integer of 16 bits becomes another one.
-            assert abs(entering["scale"] / leaving["scale"] - 1) < 2**-20
+    for kind in ("key", "value"):  # a row comes back as the integers that it was
+        entering, leaving = ports["inputs"][f"past.0.{kind}"], ports["outputs"][f"new.0.{kind}"]
+        assert entering["zero_point"] == leaving["zero_point"]
+        # Alike to a float32 or so: no integer of 16 bits becomes another one.
+        assert abs(entering["scale"] / leaving["scale"] - 1) < 2**-20
     eager, tosa, same, kept, close = made.eager(), engine(made), 0, 0, []
     for token in random_tokens(24 + 8 * 6):
         want, got = eager.decode(token), tosa.decode(token)
@@ -105,9 +108,9 @@ def test_integers_agree_closely(model: str, precision: str, survivors: float, co
         if eager.room == 0:
             eager.evict()
             tosa.evict()
-            pairs = zip(eager.survivors().reshape(4, -1), tosa.survivors().reshape(4, -1), strict=True)
+            pairs = zip(eager.survivors().reshape(2, -1), tosa.survivors().reshape(2, -1), strict=True)
             same += sum(len(set(one) & set(other)) for one, other in pairs)
-            kept += 4 * 24
-    assert kept == 6 * 4 * 24
+            kept += 2 * 24
+    assert kept == 6 * 2 * 24
     assert same / kept >= survivors
     assert np.mean(close) >= cosine
