@@ -128,6 +128,7 @@ CASES = {
     "executorch-portable": Case(
         "executorch", "portable", with_engine("executorch"), ("executorch",), "ExecuTorch, CPU"
     ),
+    "torch": Case("torch", "compiled", with_engine("torch"), ("torch",), "torch.compile, CPU"),
     "host-evicted": Case("host-evicted", "rows", with_engine("host-evicted"), _ORT, "ONNX Runtime, CPU"),
     "node": Case("host-evicted", "rows", in_node, (), "onnxruntime-web (WebAssembly) in Node"),
     "chromium": Case("host-evicted", "rows", in_chromium, (), "onnxruntime-web (WebAssembly) in Chromium"),

@@ -58,8 +58,14 @@ class GroupQueryAttention(OnnxAttention):
     ) -> None:
         super().__init__(keys, values, live, count)
         self._scales = scales
-        self._last = (live + (count - 1)).to(torch.int32)
-        self._total = (live + count).to(torch.int32)
+        if keys[0].dtype.itemsize == 2:
+            # For GPUs. CUDA reads the total on the host, where live_length is not, and a captured graph would keep the
+            # first; it bounds buffers only, so the number of slots does. What is attended to follows from the last.
+            self._last = self.slots[-1:].to(torch.int32)
+            self._total = torch.full((1,), keys[0].shape[2], dtype=torch.int32)
+        else:
+            self._last = (live + (count - 1)).to(torch.int32)
+            self._total = (live + count).to(torch.int32)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, heads, count, width = query.shape

@@ -21,7 +21,7 @@ from torch.onnx import ops as onnx_ops
 
 from trimkv_edge.errors import ModelError
 from trimkv_edge.export.quantization.base import Scheme
-from trimkv_edge.export.quantization.bits import module_bits
+from trimkv_edge.export.quantization.bits import module_bits, parameter_bits
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, parameter_slots
 
@@ -80,28 +80,34 @@ class QuantizedLinear(Stored):
     scales: Tensor
     bias: Tensor
 
-    def __init__(self, linear: nn.Linear, load: dict[str, Source], bits: int) -> None:
+    def __init__(
+        self, linear: nn.Linear, load: dict[str, Source], bits: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.size, self.bits = (linear.out_features, linear.in_features), bits
+        self.size, self.bits, self.dtype = (linear.out_features, linear.in_features), bits, dtype
         rows, blocks = linear.out_features, -(-linear.in_features // BLOCK)
-        quantized = _Quantized(load["weight"], bits)
+        quantized = _Quantized(load["weight"], bits, dtype)
         self.store("packed", (rows, blocks, BLOCK * bits // 8), lambda: quantized()[0], torch.uint8)
-        self.store("scales", (rows, blocks), lambda: quantized()[1])
+        self.store("scales", (rows, blocks), lambda: quantized()[1], dtype)
         self.with_bias = linear.bias is not None
         if self.with_bias:
-            self.store("bias", (linear.out_features,), load["bias"])
+            self.store("bias", (linear.out_features,), load["bias"], dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
         attributes: dict[str, Any] = dict(
-            N=self.size[0], K=self.size[1], bits=self.bits, block_size=BLOCK, accuracy_level=INT8_ACTIVATIONS
+            N=self.size[0],
+            K=self.size[1],
+            bits=self.bits,
+            block_size=BLOCK,
+            accuracy_level=INT8_ACTIVATIONS if self.dtype == torch.float32 else 0,
         )
         bias = (None, None, self.bias) if self.with_bias else ()
         return onnx_ops.symbolic(
             "com.microsoft::MatMulNBits",
-            (x, self.packed, self.scales, *bias),
+            (x.to(self.dtype), self.packed, self.scales, *bias),
             attributes,
-            dtype=torch.float32,
+            dtype=self.dtype,
             shape=(*x.shape[:-1], self.size[0]),
             version=1,
         )
@@ -127,14 +133,16 @@ class QuantizedEmbedding(Stored):
     packed: Tensor
     scales: Tensor
 
-    def __init__(self, embedding: nn.Embedding, load: dict[str, Source], bits: int) -> None:
+    def __init__(
+        self, embedding: nn.Embedding, load: dict[str, Source], bits: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.dtype = bits, dtype
         rows, width = embedding.weight.shape
         blocks = -(-width // BLOCK)
-        quantized = _Quantized(load["weight"], bits)
+        quantized = _Quantized(load["weight"], bits, dtype)
         self.store("packed", (rows, blocks * BLOCK * bits // 8), lambda: quantized()[0].reshape(rows, -1), torch.uint8)
-        self.store("scales", (rows, blocks), lambda: quantized()[1])
+        self.store("scales", (rows, blocks), lambda: quantized()[1], dtype)
         self.width = width
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ class QuantizedEmbedding(Stored):
             "com.microsoft::GatherBlockQuantized",
             (self.packed, ids, self.scales),
             dict(bits=self.bits, block_size=BLOCK, gather_axis=0, quantize_axis=1),
-            dtype=torch.float32,
+            dtype=self.dtype,
             shape=(*ids.shape, self.width),
             version=1,
         )
@@ -159,16 +167,20 @@ def prepare(model: GatedModel, weights: Weights, scheme: Scheme) -> GatedModel:
     """
     memo: dict[int, Any] = {}
     names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
-    stored = module_bits(model, scheme)
+    stored, floats = module_bits(model, scheme), torch.float16 if scheme.float_bits == 16 else torch.float32
     for module in model.modules():
         bits = stored.get(id(module), 32)
-        dtype = torch.float16 if bits == 16 else torch.float32
-        load = {own: _loader(weights, names[id(p)], dtype) for own, p in module.named_parameters(recurse=False)}
-        plain = bits >= 16
+        load = {
+            own: _loader(weights, names[id(p)], parameter_bits(bits, own, scheme.float_bits) == 16)
+            for own, p in module.named_parameters(recurse=False)
+        }
+        plain, dtype = bits >= 16, torch.float32 if bits == 32 else floats
         if isinstance(module, nn.Embedding):
-            memo[id(module)] = PlainEmbedding(module, load, dtype) if plain else QuantizedEmbedding(module, load, bits)
+            memo[id(module)] = (
+                PlainEmbedding(module, load, dtype) if plain else QuantizedEmbedding(module, load, bits, dtype)
+            )
         elif isinstance(module, nn.Linear):
-            memo[id(module)] = PlainLinear(module, load, dtype) if plain else QuantizedLinear(module, load, bits)
+            memo[id(module)] = PlainLinear(module, load, dtype) if plain else QuantizedLinear(module, load, bits, dtype)
         else:
             for own, parameter in module.named_parameters(recurse=False):
                 memo[id(parameter)] = nn.Parameter(torch.from_numpy(load[own]()), requires_grad=False)
@@ -190,14 +202,15 @@ def fill(graph: ir.Graph, traced: nn.Module) -> None:
             value.const_value = ir.LazyTensor(_as_tensor(name, source), dtype, ir.Shape(tuple(tensor.shape)), name=name)
 
 
-def round_trip(weight: Tensor, bits: int) -> Tensor:
+def round_trip(weight: Tensor, bits: int, half: bool = False) -> Tensor:
     """What a matrix ``[out, in]`` is after rounding to ``bits``: what the engine multiplies with, float32.
 
-    16 bits are float16, of any shape.
+    16 bits are float16, of any shape; ``half``: scales of fewer bits are float16.
     """
     if bits == 16:
         return weight.half().float()
     packed, scales = quantize(weight.numpy(), bits)
+    scales = scales.astype(np.float16).astype(np.float32) if half else scales
     rows, width = weight.shape
     values = packed.reshape(rows, -1)
     if bits == 4:
@@ -231,8 +244,9 @@ def quantize(weight: Array, bits: int) -> tuple[Array, Array]:
 class _Quantized:
     """Packed rows and scales of one matrix; both are asked for one after the other, so the last result is kept."""
 
-    def __init__(self, source: Source, bits: int) -> None:
+    def __init__(self, source: Source, bits: int, dtype: torch.dtype) -> None:
         self.source, self.bits = source, bits
+        self.scales = np.float16 if dtype == torch.float16 else np.float32
 
     def __call__(self) -> tuple[Array, Array]:
         return _quantize_last(self)
@@ -240,14 +254,15 @@ class _Quantized:
 
 @lru_cache(maxsize=1)
 def _quantize_last(which: _Quantized) -> tuple[Array, Array]:
-    return quantize(which.source(), which.bits)
+    packed, scales = quantize(which.source(), which.bits)
+    return packed, scales.astype(which.scales)
 
 
-def _loader(weights: Weights, name: str, dtype: torch.dtype) -> Source:
+def _loader(weights: Weights, name: str, half: bool) -> Source:
     def load() -> Array:
         given = weights(name)
-        values = given.to(dtype)
-        if dtype == torch.float16 and values.isinf().any():
+        values = given.to(torch.float16 if half else torch.float32)
+        if half and values.isinf().any():
             raise ModelError(
                 f"{name} holds {given.abs().max():.3g}, but float16 ends at 65504: use --quant none, int8 or int4"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -31,6 +32,12 @@ class ReferenceWeights:
     def __init__(self, model: GatedModel, weights: Weights, scheme: Scheme, rounding: Rounding) -> None:
         self.model = model
         self._weights, self._rounding = weights, rounding
+        if scheme.float_bits == 16 > scheme.weight_bits:
+            from trimkv_edge.export.onnx_weights import round_trip
+
+            # Only its blocks have float16 scales.
+            self._rounding = partial(round_trip, half=True)
+        self._rest = scheme.float_bits
         self._names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
         self._bits = module_bits(model, scheme)
 
@@ -41,12 +48,13 @@ class ReferenceWeights:
         for module in part.modules():
             bits = self._bits.get(id(module), 32)
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter_bits(bits, own) < 32:
+                kept = parameter_bits(bits, own, self._rest)
+                if kept < 32:
                     # Per module: an output layer may be tied to an embedding of other bits.
                     if id(module) not in rounded:
                         rounded[id(module)] = copy.copy(module)
                         rounded[id(module)]._parameters = dict(module._parameters)
-                    value = self._rounding(self._value(parameter), bits)
+                    value = self._rounding(self._value(parameter), kept)
                     rounded[id(module)]._parameters[own] = nn.Parameter(value, requires_grad=False)
                 elif id(parameter) not in plain:
                     plain[id(parameter)] = nn.Parameter(self._value(parameter), requires_grad=False)

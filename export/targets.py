@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.eviction import find_policy
 from trimkv_edge.export.backends import BACKENDS, NOT_TOLD, UNSUPPORTED, X86, Backend, Ran
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.reference import Rounding, exact
@@ -162,6 +163,25 @@ def _host_evicted(job: Job) -> Target:
     )
 
 
+def _torch(job: Job) -> Target:
+    from trimkv_edge.export.torch_weights import export_torch
+
+    return export_torch(job.model, job.folder, scheme=job.scheme, weights=job.weights, progress=job.progress)
+
+
+def _torch_rounding(weight: Tensor, bits: int) -> Tensor:
+    from trimkv_edge.export.torch_weights import round_trip
+
+    return round_trip(weight, bits)
+
+
+def _torch_check(config: CacheConfig) -> None:
+    from trimkv_edge.gpu.cache import check_config
+
+    if not find_policy(config.policy).pooled:
+        check_config(config)
+
+
 def _backend(name: str, backend: Backend) -> TargetSpec:
     def check(config: CacheConfig) -> None:
         require_host(config)
@@ -187,6 +207,14 @@ TARGETS: dict[str, TargetSpec] = {
         ("float32", "float16", "int8"),
         _onnx_float,
         ran=Ran("CPUs", "ONNX Runtime", device=X86),
+    ),
+    "torch": TargetSpec(
+        ("compiled",),
+        _torch,
+        _torch_rounding,
+        ("float32", "float16"),
+        check=_torch_check,
+        ran=Ran("GPUs and CPUs, through torch.compile", "torch", device=X86),
     ),
     "host-evicted": TargetSpec(
         ("rows",),

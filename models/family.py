@@ -21,6 +21,8 @@ class Family:
         name: ours.
         model_type: ``config.model_type`` of transformers.
         gate_intermediate_size: width I of the published gates.
+        auto_class: transformers' class that builds it from a configuration.
+        vision: whether it reads pictures.
         check: raises :class:`ModelError` for configurations whose maths the bounded cache cannot keep.
     """
 
@@ -28,6 +30,25 @@ class Family:
     model_type: str
     gate_intermediate_size: int
     check: Callable[[Any], None] = _accept
+    auto_class: str = "AutoModelForCausalLM"
+    vision: bool = False
+
+    @property
+    def auto(self) -> Any:
+        """transformers' class of that name."""
+        import transformers  # the list of families is read where no model is
+
+        return getattr(transformers, self.auto_class)
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a transformers configuration: ``text_config`` where it is nested, else all of it."""
+    return config.get_text_config()
+
+
+def text_decoder(base: Any) -> Any:
+    """The module of a transformers model that has ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``."""
+    return getattr(base.model, "language_model", base.model)
 
 
 def refuse_sliding_layers(config: Any) -> None:

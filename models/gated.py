@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trimkv_edge.models.attention import ATTENTION_NAME, BACKEND_KEYWORD, AttentionBackend, attach_gates
+from trimkv_edge.models.family import text_config, text_decoder
 
 
 class GatedModel(nn.Module):
@@ -15,15 +16,18 @@ class GatedModel(nn.Module):
     Args:
         base: model of a supported family, its rotary embedding already fixed (see :mod:`trimkv_edge.models.rope`).
         gates: one gate per layer.
+
+    Attributes:
+        config: the decoder's configuration (``text_config`` of a vision-language model).
     """
 
     def __init__(self, base: PreTrainedModel, gates: nn.ModuleList) -> None:
         super().__init__()
         self.base = base
-        self.config = base.config
-        attach_gates([layer.self_attn for layer in base.model.layers], gates)
-        base.config._attn_implementation = ATTENTION_NAME
-        base.config.use_cache = False
+        self.config = text_config(base.config)
+        attach_gates([layer.self_attn for layer in text_decoder(base).layers], gates)
+        self.config._attn_implementation = ATTENTION_NAME
+        self.config.use_cache = False
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, backend: AttentionBackend, last_only: bool = True
@@ -56,7 +60,7 @@ class GatedModel(nn.Module):
 
     @property
     def gates(self) -> list[nn.Module]:
-        return [layer.self_attn.retention_gate for layer in self.base.model.layers]
+        return [layer.self_attn.retention_gate for layer in text_decoder(self.base).layers]
 
 
 def chunk_positions(start: int | Tensor, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 from trimkv_edge.errors import ModelError
 from trimkv_edge.manifest import GateInfo, file_sha256
+from trimkv_edge.models.family import text_config
 from trimkv_edge.models.published import PICKLES, read_config, read_layers, settle_tied
 from trimkv_edge.retention import build_gates
 
@@ -32,7 +33,8 @@ class GateShape:
     @classmethod
     def of(cls, config: Any) -> GateShape:
         """From a transformers configuration."""
-        return cls(config.num_hidden_layers, config.hidden_size, config.num_key_value_heads, config.hidden_act)
+        text = text_config(config)
+        return cls(text.num_hidden_layers, text.hidden_size, text.num_key_value_heads, text.hidden_act)
 
 
 def declared_shape(fields: dict[str, Any], path: Path) -> GateShape:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from trimkv_edge.errors import ConfigError, ModelError
@@ -18,6 +17,7 @@ from trimkv_edge.manifest import GateInfo, ModelInfo, RopeInfo
 from trimkv_edge.models.gate_source import find_gates
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, load_gates, random_gates
+from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.random_weights import ensure_random_weights
 from trimkv_edge.models.rope import choose_rope, fix_rope
 from trimkv_edge.models.skeleton import WeightFiles, Weights, fits, model_weights, skeleton, weights_of
@@ -75,16 +75,17 @@ def load_model(
     digest = source.weights_sha256(seed)
     kind, path = _find_gates(source, gates)
     if kind == "none":
-        heads, layers = source.config.num_key_value_heads, source.config.num_hidden_layers
+        heads, layers = source.text_config.num_key_value_heads, source.text_config.num_hidden_layers
         modules, gate_info = nn.ModuleList(NoGate(heads) for _ in range(layers)), GateInfo("none", "", "", 0)
     elif path is None:
-        width = min(source.family.gate_intermediate_size, source.config.hidden_size)
+        width = min(source.family.gate_intermediate_size, source.text_config.hidden_size)
         modules, gate_info = random_gates(kind, shape, width, seed), GateInfo(kind, f"random (seed {seed})", "", width)
     else:
         own = source.gates.get(kind, "") if gates is None or gates in GATE_KINDS else gates
         named = path.name if gates is None and Path(own).is_file() else own
         modules, gate_info = load_gates(path, shape, None if source.random_weights else digest, source=named)
-    model = GatedModel(base, modules).eval().requires_grad_(False)
+    kind_of_model = GatedVisionModel if source.family.vision else GatedModel
+    model = kind_of_model(base, modules).eval().requires_grad_(False)
     sizes = source.shape()
     info = ModelInfo(
         name=source.name,
@@ -99,7 +100,7 @@ def load_model(
         head_dim=sizes.head_dim,
         vocab_size=sizes.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        max_position_embeddings=source.config.max_position_embeddings,
+        max_position_embeddings=source.text_config.max_position_embeddings,
     )
     weights = weights_of(files, modules) if files else model_weights(model)
     return LoadedModel(model, info, gate_info, rope_info, weights)
@@ -170,9 +171,8 @@ def load_base(source: ModelSource, seed: int) -> PreTrainedModel:
     if source.random_weights:
         source = ensure_random_weights(source, seed)
     hf_logging.disable_progress_bar()
-    loader: Any = AutoModelForCausalLM
     try:
-        base, report = loader.from_pretrained(
+        base, report = source.family.auto.from_pretrained(
             source.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

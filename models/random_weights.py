@@ -186,7 +186,7 @@ def _write(plan: RandomWeights, source: ModelSource, progress: Progress | None) 
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             tensors = {}
-            for name, tensor in _made(plan, names, source.config.initializer_range):
+            for name, tensor in _made(plan, names, source.text_config.initializer_range):
                 tensors[name] = tensor
                 done += plan.size(name)
                 bar.update(plan.size(name))

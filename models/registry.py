@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimkv_edge.errors import ModelError
-from trimkv_edge.models import llama, phi3, qwen3
+from trimkv_edge.models import llama, phi3, qwen3, qwen3_vl
 from trimkv_edge.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
         llama.FAMILY,
         phi3.FAMILY,
         qwen3.FAMILY,
+        qwen3_vl.FAMILY,
     )
 }
 
@@ -28,7 +29,8 @@ class NamedModel:
         family: ``model_type``.
         gates: published gates by kind (``rg``, ``rg10``), hub ids; empty where none were published. ``tiny`` has a set
             more, ``rg-chat``, of kind ``rg``.
-        shape: the fields of the hub's ``config.json``, spelled as there, for ``--random-weights``.
+        shape: the fields of the hub's ``config.json``, spelled as there, for ``--random-weights``; empty where they are
+            not known to the letter.
         stops: ``eos_token_id`` of its ``generation_config.json``.
     """
 
@@ -181,6 +183,12 @@ MODELS: dict[str, NamedModel] = {
         {"rg": "ngocbh/TrimKV-Qwen3-14B-Math"},
         _qwen3(5120, 17408, 40, 40, False),
         _QWEN3_STOPS,
+    ),
+    "qwen3-vl-4b": NamedModel(
+        "Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", {"rg10": "ngocbh/DBTrimKV-Qwen3-VL-4B-Instruct"}
+    ),
+    "qwen3-vl-8b": NamedModel(
+        "Qwen/Qwen3-VL-8B-Thinking", "qwen3_vl", {"rg10": "ngocbh/DBTrimKV-Qwen3-VL-8B-Thinking"}
     ),
     "llama-3.2-1b": NamedModel(
         "meta-llama/Llama-3.2-1B-Instruct",

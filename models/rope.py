@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trimkv_edge.config import POSITION_LIMIT
 from trimkv_edge.errors import ConfigError, ModelError
 from trimkv_edge.manifest import RopeInfo
+from trimkv_edge.models.family import text_config, text_decoder
 
 ROPE_CHOICES = ("auto", "short", "long")
 _STATIC_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
@@ -38,6 +39,7 @@ def choose_rope(config: Any, choice: str = "auto", stream_length: int | None = N
     """
     if choice not in ROPE_CHOICES:
         raise ConfigError(f"rope variant {choice!r} is not known; use one of {', '.join(ROPE_CHOICES)}")
+    config = text_config(config)
     rope_type = config.rope_parameters["rope_type"]
     if rope_type != "longrope":
         if choice != "auto":
@@ -75,10 +77,10 @@ def fix_rope(base: Any, choice: str = "auto", stream_length: int | None = None) 
     """Fixes the rotary frequencies of a transformers causal LM in place; see :func:`choose_rope`."""
     info = choose_rope(base.config, choice, stream_length)
     if info.variant != "default":
-        rotary = base.model.rotary_emb
-        original = int(base.config.rope_parameters["original_max_position_embeddings"])
+        rotary, config = text_decoder(base).rotary_emb, text_config(base.config)
+        original = int(config.rope_parameters["original_max_position_embeddings"])
         inv_freq, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
-            base.config, rotary.inv_freq.device, seq_len=original if info.variant == "short" else original + 1
+            config, rotary.inv_freq.device, seq_len=original if info.variant == "short" else original + 1
         )
         rotary.inv_freq.copy_(inv_freq)
         # Any other name keeps transformers from choosing again in each forward pass.

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trimkv_edge.errors import ModelError
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.registry import family_of
 
 # Name of a parameter of a GatedModel -> its float32 values.
 Weights = Callable[[str], Tensor]
@@ -75,9 +76,11 @@ class WeightFiles:
 def skeleton(config: Any) -> PreTrainedModel:
     """The causal LM of ``config`` with every parameter a view of one zero: all shapes, no memory."""
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # Buffers that are computed, not loaded.
-    base.model.rotary_emb = type(base.model.rotary_emb)(config)
+        base: PreTrainedModel = family_of(config.model_type).auto.from_config(config, dtype=torch.float32)
+    for owner in list(base.modules()):
+        for name, child in list(owner.named_children()):
+            if hasattr(child, "inv_freq"):  # buffers that are computed, not loaded
+                setattr(owner, name, type(child)(child.config))
     hollow(base)
     return base.eval()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from trimkv_edge.budget import ModelShape
 from trimkv_edge.errors import ModelError
 from trimkv_edge.manifest import file_sha256
-from trimkv_edge.models.family import Family
+from trimkv_edge.models.family import Family, text_config
 from trimkv_edge.models.registry import MODELS, family_of
 
 TINY = Path(__file__).parent / "tiny"
@@ -48,7 +48,7 @@ class ModelSource:
 
     def shape(self, gate_parameters: int = 0) -> ModelShape:
         """Sizes that memory depends on; weights are counted without being allocated."""
-        config = self.config
+        config = self.text_config
         parameters = sum(parameter.numel() for parameter in self.outline().parameters())
         return ModelShape(
             num_layers=config.num_hidden_layers,
@@ -65,7 +65,12 @@ class ModelSource:
         """The model without weights: names and sizes of its tensors, on torch's meta device."""
         with torch.device("meta"):
             # A copy: transformers notes the dtype in the configuration it is given.
-            return AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+            return self.family.auto.from_config(copy.deepcopy(self.config), dtype=torch.float32)
+
+    @property
+    def text_config(self) -> Any:
+        """The decoder's part of ``config``."""
+        return text_config(self.config)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -90,18 +95,37 @@ class ModelSource:
         return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
-def find_source(name: str, weights: Path | None = None, random_weights: bool = False) -> ModelSource:
+def find_source(
+    name: str, weights: Path | None = None, random_weights: bool = False, *, vision: bool = False
+) -> ModelSource:
     """Resolves a registry name, a local folder or a hub id.
 
     Args:
         name: as given to ``--model``.
         weights: folder that holds the weights of ``name`` (``--weights``).
         random_weights: no weights are read; the shape comes from the folder's config or the registry.
+        vision: whether the caller can do with a model that reads pictures; others are given text models only.
 
     Raises:
         ModelError: nothing usable found; the message says what was looked for and what to give.
     """
+    source = _find(name, weights, random_weights, vision)
+    _check_vision(name, source.family, vision)
+    return source
+
+
+def _check_vision(name: str, family: Family, vision: bool) -> None:
+    if family.vision and not vision:
+        raise ModelError(
+            f"--model {name}: {family.name} models read pictures and run in the eager engine only, from Python "
+            "(docs/models.md); no command exports, runs, measures or trains them yet: choose a text model"
+        )
+
+
+def _find(name: str, weights: Path | None, random_weights: bool, vision: bool) -> ModelSource:
     entry = MODELS.get(name)
+    if entry is not None:
+        _check_vision(name, family_of(entry.family), vision)  # before gigabytes are downloaded for nothing
     given = weights or (Path(name) if entry is None and Path(name).is_dir() else None)
     if given is None and name == "tiny":
         gates = {kind: str(TINY / "gates" / f"{file}.safetensors") for kind, file in MODELS["tiny"].gates.items()}
@@ -111,6 +135,10 @@ def find_source(name: str, weights: Path | None = None, random_weights: bool = F
             raise ModelError(f"--random-weights with --weights {given} reads its config.json, and there is none")
         return _from_folder(name, str(given), given, dict(entry.gates) if entry else {}, random_weights)
     if random_weights and entry is not None:
+        if not entry.shape:
+            raise ModelError(
+                f"the shape of {name} is not part of this package: add --weights DIR, a folder with its config.json"
+            )
         # A copy: transformers completes the nested fields in place.
         config = AutoConfig.for_model(entry.family, **copy.deepcopy(entry.shape))
         return ModelSource(name, entry.repo, None, config, family_of(entry.family), dict(entry.gates), True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, random_gates
+from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.rope import fix_rope
 
 VOCAB = 320
@@ -88,6 +89,57 @@ def gated_model(case: str, kind: str = "rg", seed: int = 0, rope: str = "auto", 
     base = base_model(case, seed, **more)
     fix_rope(base, rope)
     return GatedModel(base, random_gates(kind, GateShape.of(base.config), 24, seed)).eval().requires_grad_(False)
+
+
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 316, 317, 318, 319
+PATCH_VALUES = 3 * 2 * 4 * 4  # channels, frames, height and width of a patch
+
+
+def vision_config(**text: Any) -> Any:
+    """Qwen3-VL in small: 3 decoder layers with M-RoPE on 3 axes, DeepStack features in the first 2."""
+    decoder = {**_COMMON, "num_hidden_layers": 3, "head_dim": 16, **text}
+    decoder["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    }
+    encoder = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        patch_size=4,
+        out_hidden_size=decoder["hidden_size"],
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
+    )
+    return AutoConfig.for_model(
+        "qwen3_vl",
+        text_config=decoder,
+        vision_config=encoder,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def vision_base(seed: int = 0, **text: Any) -> PreTrainedModel:
+    """As :func:`base_model`, for pictures too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(vision_config(**text), dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model
+
+
+def gated_vision_model(kind: str = "rg", seed: int = 0, **text: Any) -> GatedVisionModel:
+    """As :func:`gated_model`, for pictures too."""
+    base = vision_base(seed, **text)
+    return GatedVisionModel(base, random_gates(kind, GateShape.of(base.config), 24, seed)).eval().requires_grad_(False)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

@@ -97,8 +97,13 @@ def ragged_positions(kept: Tensor, lengths: Tensor, seen: Tensor, fill: Tensor, 
     """
     slot = torch.arange(slots, dtype=torch.int64, device=kept.device)
     ring = seen - fill + slot - lengths
-    stored = torch.nn.functional.pad(kept, (0, slots - kept.shape[-1]))
-    return ring + (slot < lengths).to(torch.int64) * (stored - ring)
+    return ring + (slot < lengths).to(torch.int64) * (widened(kept, slots) - ring)
+
+
+def widened(table: Tensor, columns: int) -> Tensor:
+    """``[rows, n]`` with zeros behind, up to ``columns``. Joined: ONNX Runtime's CUDA does not pad integers."""
+    missing = columns - table.shape[1]
+    return table if missing <= 0 else torch.cat([table, table.new_zeros(table.shape[0], missing)], dim=1)
 
 
 def by_rank(marked: Tensor, count: int, default: Tensor) -> Tensor:

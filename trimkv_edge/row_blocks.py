@@ -14,7 +14,7 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.eviction import find_policy
 from trimkv_edge.policies.base import MODEL, Entries
 from trimkv_edge.policies.pooling import keep_best
-from trimkv_edge.pooled_eviction import contenders, holes_and_movers, ragged_positions
+from trimkv_edge.pooled_eviction import contenders, holes_and_movers, ragged_positions, widened
 
 # A block holds rows of more than half the slots of its largest; after so many halvings, all the rest.
 _HALVINGS = 3
@@ -110,7 +110,7 @@ def take(table: Tensor, rows: tuple[int, ...], columns: int) -> Tensor:
 
 def put_back(parts: list[Tensor], blocks: list[RowBlock], columns: int) -> Tensor:
     """Rows of all blocks in their own order, ``[rows, columns]``; what a part does not have is 0 or False."""
-    wide = [torch.nn.functional.pad(part[:, :columns], (0, max(0, columns - part.shape[1]))) for part in parts]
+    wide = [widened(part[:, :columns], columns) for part in parts]
     order = [row for block in blocks for row in block.rows]
     if len(wide) == 1:
         return wide[0]

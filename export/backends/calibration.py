@@ -109,11 +109,11 @@ def look_once_at_weights(prepared: GraphModule) -> None:
     seen: dict[nn.Module, list[Node]] = {}
     for node in prepared.graph.nodes:
         if node.op == "call_module":
-            seen.setdefault(attrgetter(node.target)(prepared), []).append(node.args[0])
+            seen.setdefault(attrgetter(str(node.target))(prepared), []).append(node.args[0])
     for observer, sources in seen.items():
         if all(source.op == "get_attr" for source in sources):
             for source in sources:
-                observer(attrgetter(source.target)(prepared))
+                observer(attrgetter(str(source.target))(prepared))
             observer.forward = _unseen
 
 

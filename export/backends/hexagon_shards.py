@@ -46,7 +46,7 @@ def cut(source: Path, layers: int, shards: int) -> list[Path]:
     borders = _borders(model.graph, starts[1:])
     _name(model, borders)
     ends = [*(f"hidden.{start}" for start in starts[1:]), "logits"]
-    made = []
+    made: list[Path] = []
     for (first, last), begin, end in zip(pairwise([*starts, layers]), ["hidden", *ends[:-1]], ends, strict=True):
         own = {f"{name}.{layer}" for layer in range(first, last) for name in ("past", "new", "gate")}
         inputs = [begin, *(one.name for one in model.graph.input if one.name in ("cos", "sin", "mask"))]

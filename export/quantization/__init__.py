@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from trimkv_edge.config import KV_DTYPES
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.export.quantization import da8w4, fp16, int4, int8, none
+from trimkv_edge.export.quantization import da8w4, fp16, int4, int4_fp16, int8, none
 from trimkv_edge.export.quantization.base import Scheme
 
 SCHEMES: dict[str, Scheme] = {
@@ -18,6 +18,7 @@ SCHEMES: dict[str, Scheme] = {
         int8.SCHEME,
         int4.SCHEME,
         da8w4.SCHEME,
+        int4_fp16.SCHEME,
     )
 }
 

@@ -21,6 +21,7 @@ class Scheme:
         dynamic: targets whose engine rounds activations to int8 while it runs, so that it agrees with float32
             activations closely, not exactly.
         kv_dtypes: how keys and values can be stored; the first is the default.
+        float_bits: of the arithmetic and of what is not packed, scales of packed weights included: 32 or 16.
     """
 
     name: str
@@ -30,13 +31,16 @@ class Scheme:
     targets: tuple[str, ...]
     dynamic: tuple[str, ...] = ()
     kv_dtypes: tuple[str, ...] = ("float32", "int8")
+    float_bits: int = 32
 
     def __post_init__(self) -> None:
         for field in ("weight_bits", "embedding_bits", "gate_bits"):
             if getattr(self, field) not in (4, 8, 16, 32):
                 raise ConfigError(f"{field} of {self.name} is {getattr(self, field)}, but must be 4, 8, 16 or 32")
+        if self.float_bits not in (16, 32):
+            raise ConfigError(f"float_bits of {self.name} is {self.float_bits}, but must be 16 or 32")
 
     @property
     def dtype(self) -> str:
         """What the model computes in; gates' log-betas are float32 always."""
-        return "float16" if self.weight_bits == 16 else "float32"
+        return "float16" if self.float_bits == 16 else "float32"

@@ -11,8 +11,7 @@ from trimkv_edge.models.gates import GateShape
 from trimkv_edge.models.source import ModelSource
 from trimkv_edge.retention import NoGate, build_gates
 
-_FLOAT = 4  # bytes of a scale
-_SCALED = 32  # weights that share a float32 scale
+_SCALED = 32  # weights that share a scale
 
 
 def module_bits(model: GatedModel, scheme: Scheme) -> dict[int, int]:
@@ -24,14 +23,20 @@ def module_bits(model: GatedModel, scheme: Scheme) -> dict[int, int]:
             bits[id(module)] = scheme.embedding_bits
         elif isinstance(module, nn.Linear):
             bits[id(module)] = scheme.gate_bits if id(module) in gates else scheme.weight_bits
-        elif scheme.weight_bits == 16 and id(module) not in gates:
+        elif scheme.float_bits == 16 and id(module) not in gates:
             bits[id(module)] = 16
     return bits
 
 
-def parameter_bits(bits: int, name: str) -> int:
-    """Bits of a module's own parameter: integers stand for its ``weight`` alone, float16 for all it has."""
-    return bits if name == "weight" or bits == 16 else 32
+def parameter_bits(bits: int, name: str, rest: int = 32) -> int:
+    """Bits of a module's own parameter: integers stand for its ``weight`` alone, float16 for all it has.
+
+    Args:
+        rest: of what a module with integers has beside them.
+    """
+    if name == "weight" or bits == 16:
+        return bits
+    return rest if bits < 16 else 32
 
 
 def stored_bytes(model: GatedModel, scheme: Scheme) -> int:
@@ -39,11 +44,11 @@ def stored_bytes(model: GatedModel, scheme: Scheme) -> int:
     bits, seen, total = module_bits(model, scheme), set(), 0
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind = parameter_bits(bits.get(id(module), 32), name)
+            kind = parameter_bits(bits.get(id(module), 32), name, scheme.float_bits)
             held = (id(module if kind <= 8 else parameter), kind)
             if held not in seen:
                 seen.add(held)
-                total += _packed(parameter, kind)
+                total += _packed(parameter, kind, scheme.float_bits // 8)
     return total
 
 
@@ -52,12 +57,13 @@ def gate_parameters(model: GatedModel) -> int:
     return sum(parameter.numel() for gate in model.gates for parameter in gate.parameters())
 
 
-def _packed(parameter: torch.Tensor, bits: int) -> int:
+def _packed(parameter: torch.Tensor, bits: int, scale: int) -> int:
+    """Bytes of a parameter; ``scale``: of one scale."""
     if bits >= 16:
         return parameter.numel() * bits // 8
     rows, width = parameter.shape
     blocks = -(-width // _SCALED)
-    return int(rows * blocks * (_SCALED * bits // 8 + _FLOAT))
+    return int(rows * blocks * (_SCALED * bits // 8 + scale))
 
 
 def gated_outline(source: ModelSource, kind: str) -> GatedModel:

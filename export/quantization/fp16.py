@@ -2,4 +2,4 @@
 
 from trimkv_edge.export.quantization.base import Scheme
 
-SCHEME = Scheme("fp16", 16, 16, 16, ("onnx",), kv_dtypes=("float16",))
+SCHEME = Scheme("fp16", 16, 16, 16, ("onnx", "torch"), kv_dtypes=("float16",), float_bits=16)

@@ -3,4 +3,4 @@
 from trimkv_edge.export.backends import BACKENDS
 from trimkv_edge.export.quantization.base import Scheme
 
-SCHEME = Scheme("none", 32, 32, 32, ("executorch", "onnx", "host-evicted", *BACKENDS))
+SCHEME = Scheme("none", 32, 32, 32, ("executorch", "onnx", "torch", "host-evicted", *BACKENDS))

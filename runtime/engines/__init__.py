@@ -6,6 +6,7 @@ A new engine is one file with a subclass of :class:`~trimkv_edge.runtime.engines
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -37,6 +38,11 @@ ENGINES = {
         "trimkv_edge.runtime.engines.executorch_pooled:ExecuTorchPooledEngine",
         ("executorch", "torch"),
     ),
+    "torch": EngineEntry(
+        "trimkv_edge.gpu.artefact:TorchArtefactEngine",
+        "trimkv_edge.gpu.artefact:TorchPooledArtefactEngine",
+        ("torch", "transformers", "safetensors"),
+    ),
     "tosa": EngineEntry(
         "trimkv_edge.runtime.engines.tosa:TosaEngine",
         "trimkv_edge.runtime.engines.tosa:TosaEngine",  # refuses them
@@ -60,6 +66,22 @@ ENGINES = {
 }
 
 
+class Variant(NamedTuple):
+    """An engine's target on another device: the engine, and the extra that installs what it needs."""
+
+    engine: str
+    entry: EngineEntry
+    extra: str
+
+
+_CUDA = EngineEntry(
+    "trimkv_edge.runtime.engines.onnx_cuda:OnnxCudaEngine",
+    "trimkv_edge.runtime.engines.onnx_cuda:OnnxCudaPooledEngine",
+    ("onnxruntime",),
+)
+# Never chosen unless they are named. ``onnx:auto`` is ``onnx:cuda`` where that runs, else ``onnx``.
+VARIANTS = {"onnx:cuda": Variant("onnx", _CUDA, "onnx-gpu"), "onnx:auto": Variant("onnx", _CUDA, "onnx-gpu")}
+
 # Targets of engines that have another name.
 RUNS = {"qnn-emulator": "npu:hexagon"}
 
@@ -76,11 +98,16 @@ def engines_of(manifest: Manifest) -> dict[str, Target]:
 
 def missing_packages(name: str) -> list[str]:
     """Packages that engine ``name`` needs and that are not installed."""
-    return [package for package in ENGINES[name].packages if find_spec(package) is None]
+    return [package for package in _entry(name).packages if find_spec(package) is None]
+
+
+def _entry(name: str) -> EngineEntry:
+    return VARIANTS[name].entry if name in VARIANTS else ENGINES[name]
 
 
 def choose_engine(artefact: Artefact, name: str | None = None) -> str:
     """``name`` if it can run the artefact; without a name, the artefact's first target whose engine is installed.
+    Whether a device of ``VARIANTS`` works is known only when the engine is opened.
 
     Raises:
         ConfigError: unknown name.
@@ -96,12 +123,13 @@ def choose_engine(artefact: Artefact, name: str | None = None) -> str:
             f"{name} in {artefact.folder} is compiled for its device, and nothing here runs it: see docs/npu.md, or "
             "export with --target host-evicted too"
         )
-    if name is not None and name not in ENGINES:
-        raise ConfigError(f"engine {name!r} is not known; use one of {', '.join(ENGINES)}")
-    if name is not None and name not in engines:
+    base = VARIANTS[name].engine if name in VARIANTS else name
+    if base is not None and base not in ENGINES:
+        raise ConfigError(f"engine {name!r} is not known; use one of {', '.join((*ENGINES, *VARIANTS))}")
+    if base is not None and base not in engines:
         raise ArtefactError(
-            f"{artefact.folder} has no {name} target, only {', '.join(targets) or 'none'}: "
-            f"choose one of those or export again with --target {RUNS.get(name, name)}"
+            f"{artefact.folder} has no {base} target, only {', '.join(targets) or 'none'}: "
+            f"choose one of those or export again with --target {RUNS.get(base, base)}"
         )
     known = [engine for engine in engines if engine in ENGINES]
     if not known:
@@ -115,9 +143,8 @@ def choose_engine(artefact: Artefact, name: str | None = None) -> str:
         if not missing_packages(candidate):
             return candidate
     lacking = "; ".join(f"{engine} needs {', '.join(missing_packages(engine))}" for engine in wanted)
-    raise TrimKVError(
-        f"no engine for {artefact.folder} is installed ({lacking}): pip install 'trimkv-edge[{wanted[0]}]'"
-    )
+    extra = VARIANTS[wanted[0]].extra if wanted[0] in VARIANTS else wanted[0]
+    raise TrimKVError(f"no engine for {artefact.folder} is installed ({lacking}): pip install 'trimkv-edge[{extra}]'")
 
 
 def load_engine(
@@ -127,7 +154,7 @@ def load_engine(
 
     Args:
         artefact: from :meth:`Artefact.load`.
-        name: a key of ``ENGINES``; default: the first target whose engine is installed.
+        name: a key of ``ENGINES`` or ``VARIANTS``; default: the first target whose engine is installed.
         threads: threads of the engine; default: its own choice.
         profile: note the time of every operator.
 
@@ -139,15 +166,29 @@ def load_engine(
         raise ConfigError(f"threads is {threads}, but must be at least 1")
     chosen = choose_engine(artefact, name)
     artefact.check_fits()
+    if chosen != "onnx:auto":
+        return _open(artefact, chosen, threads, profile)
+    try:
+        opened = _open(artefact, "onnx:cuda", threads, profile)
+        said = "on CUDA"
+    except TrimKVError as error:
+        opened = _open(artefact, "onnx", threads, profile)
+        said = f"on the CPU, because {error}"
+    print(f"{chosen} runs {said}", file=sys.stderr, flush=True)
+    return opened
+
+
+def _open(artefact: Artefact, name: str, threads: int | None, profile: bool) -> ArtefactEngine:
     manifest = artefact.manifest
-    kind = engine_class(chosen, manifest.cache)
-    return kind(artefact.folder, manifest, engines_of(manifest)[chosen], threads, profile=profile)
+    target = engines_of(manifest)[VARIANTS[name].engine if name in VARIANTS else name]
+    kind = engine_class(name, manifest.cache)
+    return kind(artefact.folder, manifest, target, threads, profile=profile)
 
 
 def engine_class(name: str, config: CacheConfig) -> type[ArtefactEngine]:
-    """The class of an engine in ``ENGINES`` that runs such a cache; its own libraries are imported when it is
-    constructed."""
-    entry = ENGINES[name]
+    """The class of an engine in ``ENGINES`` or ``VARIANTS`` that runs such a cache; its own libraries are imported when
+    it is constructed."""
+    entry = _entry(name)
     module, _, attribute = (entry.path if config.caps is None else entry.pooled_path).partition(":")
     found: type[ArtefactEngine] = getattr(import_module(module), attribute)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from trimkv_edge.runtime.engines.base import ArtefactEngine
 from trimkv_edge.runtime.mapped import release_mapped
 from trimkv_edge.runtime.profile import OperatorTime, read_onnxruntime
 
-# The one place that says where graphs run.
+# Where graphs run; runtime/engines/onnx_cuda.py has the other place.
 PROVIDERS = ("CPUExecutionProvider",)
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
@@ -91,13 +91,17 @@ class OnnxEngine(ArtefactEngine):
 
     def _open_cache(self) -> None:
         """All that belongs to one stream."""
-        self._position, self._live_length, self._seen = (np.zeros(1, np.int64) for _ in range(3))
+        self._position, self._live_length, self._seen = self._numbers()
         self._arrays = self._allocate()
         self._spare = {} if self._aliased else self._allocate()
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._chunks: dict[int, Array] = {}
         self._bindings: dict[int, Any] = {}
         self._reset()
+
+    def _numbers(self) -> tuple[Array, Array, Array]:
+        """Where the position, the live length and the tokens seen are put, int64 ``[1]`` each."""
+        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
 
     def _allocate(self) -> dict[str, Array]:
         """All state tensors, zeroed."""
@@ -135,8 +139,12 @@ class OnnxEngine(ArtefactEngine):
         return {"seen": self._seen}
 
     def _load(self, role: str, threads: int) -> Any:
-        ort, path = self._ort, self._file(role)
-        options = ort.SessionOptions()
+        path, options = self._file(role), self._session_options(role, threads)
+        with _plain_attention(self.config.kv_dtype == "int8"):
+            return open_session(self._ort, path, options, self._providers(role))
+
+    def _session_options(self, role: str, threads: int) -> Any:
+        options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         # Patterns are kept per chunk length, so mixed lengths would make memory grow.
@@ -147,8 +155,11 @@ class OnnxEngine(ArtefactEngine):
         if role == "evict":
             # It runs once per buffer: its idle threads must not compete with the decoder's.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        with _plain_attention(self.config.kv_dtype == "int8"):
-            return open_session(ort, path, options)
+        return options
+
+    def _providers(self, role: str) -> Sequence[Any]:
+        """Where a graph runs, as onnxruntime takes it."""
+        return PROVIDERS
 
     def _check_inputs(self, path: Path, session: Any, names: list[str]) -> None:
         found = {node.name: (node.shape, node.type) for node in session.get_inputs()}
@@ -164,21 +175,29 @@ class OnnxEngine(ArtefactEngine):
 
     def _bind(self, session: Any, plain: dict[str, Array], state: list[str]) -> Any:
         """A binding of ``plain`` inputs and of the state tensors, in place unless the engine is a copying one."""
-        value = self._ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
         binding = session.io_binding()
         for name, array in plain.items():
-            binding.bind_ortvalue_input(name, value(array))
+            self._attach(binding, name, array)
         for name in state:
-            past = value(self._arrays[name])
-            binding.bind_ortvalue_input(f"past.{name}", past)
-            binding.bind_ortvalue_output(f"present.{name}", past if self._aliased else value(self._spare[name]))
+            self._attach(binding, f"past.{name}", self._arrays[name])
+            present = self._arrays if self._aliased else self._spare
+            self._attach(binding, f"present.{name}", present[name], output=True)
         return binding
 
+    def _attach(self, binding: Any, name: str, array: Array, *, output: bool = False) -> None:
+        """Binds a graph's input or output to the memory of ``array``."""
+        value = self._ort.OrtValue.ortvalue_from_numpy(array)  # shares it
+        (binding.bind_ortvalue_output if output else binding.bind_ortvalue_input)(name, value)
+
+    def _chunk(self, count: int) -> Array:
+        """Where ids of a chunk are put, int64 ``[1, count]``."""
+        return np.zeros((1, count), np.int64)
+
     def _decoder_binding(self, count: int) -> Any:
-        chunk = self._chunks.setdefault(count, np.zeros((1, count), np.int64))
+        chunk = self._chunks.setdefault(count, self._chunk(count))
         plain = {"input_ids": chunk, **self._decoder_inputs()}
         binding = self._bind(self._decoder, plain, self._decoder_state())
-        binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(self._logits))
+        self._attach(binding, "logits", self._logits, output=True)
         return binding
 
     def _binding(self, count: int) -> Any:
@@ -202,14 +221,21 @@ class OnnxEngine(ArtefactEngine):
         binding = self._binding(ids.size)
         self._chunks[ids.size][0] = ids
         self._position[0], self._live_length[0] = position, live
-        self._decoder.run_with_iobinding(binding)
+        self._run(binding, ids.size)
         self._swap(self._decoder_state())
+        return self._last_logits()
+
+    def _run(self, binding: Any, count: int) -> None:
+        """Runs the decoder over a chunk of ``count`` tokens; 0: the event."""
+        (self._decoder if count else self._evictor).run_with_iobinding(binding)
+
+    def _last_logits(self) -> FloatArray:
         logits: FloatArray = self._logits[0, 0].copy()
         return logits
 
     def _evict(self, seen: int) -> None:
         self._seen[0] = seen
-        self._evictor.run_with_iobinding(self._binding(0))
+        self._run(self._binding(0), 0)
         self._swap(self._evict_state())
 
     def _reset(self) -> None:
@@ -244,10 +270,11 @@ class OnnxEngine(ArtefactEngine):
         self._arrays["positions"][:] = kept.reshape(-1, self.config.budget)
 
 
-def open_session(ort: Any, path: Path, options: Any) -> Any:
+def open_session(ort: Any, path: Path, options: Any, providers: Sequence[Any] = PROVIDERS) -> Any:
     """``ort.InferenceSession`` of a graph; raises :class:`ArtefactError` if it does not load."""
     try:
-        return ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
+        # Without it onnxruntime tries other providers itself, and says so on stdout.
+        return ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise ArtefactError(
             f"{path} does not load in onnxruntime {ort.__version__} ({first_line(error)}): "

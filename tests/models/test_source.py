@@ -42,6 +42,9 @@ DETAILS = {
 }
 
 
+SHAPELESS = ("qwen3-vl-4b", "qwen3-vl-8b")  # their config.json is not known to the letter
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -49,7 +52,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_named_model_is_listed() -> None:
-    assert set(PUBLISHED) | {"tiny"} == set(MODELS)
+    assert set(PUBLISHED) | {"tiny", *SHAPELESS} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -44,7 +44,7 @@ def test_each_target_has_a_line_and_says_never_unless_it_ran_on_its_device() -> 
     found = cells(matrix({}))
     assert set(found) == set(TARGETS) | set(HOSTS)
     ran = {name for name, line in found.items() if "never" not in line[5]}
-    assert ran == {"onnx", "executorch", "host-evicted", "web", "litert"}
+    assert ran == {"onnx", "executorch", "torch", "host-evicted", "web", "litert"}
     assert all("Linux x86-64" in found[name][5] for name in ran)
 
 

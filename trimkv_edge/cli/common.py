@@ -56,7 +56,12 @@ def run_cli(command: Callable[[], None]) -> None:
 def add_engine(parser: argparse.ArgumentParser, engine: str = "the engine") -> None:
     """Options of commands that run an artefact; ``engine``: whose threads they are, for the help."""
     add = parser.add_argument
-    add("--engine", metavar="NAME", help="onnx or executorch (default: the artefact's first that is installed)")
+    add(
+        "--engine",
+        metavar="NAME",
+        help="onnx, onnx:cuda (fails without CUDA), onnx:auto (CUDA, else the CPU), executorch, torch or another target "
+        "of the artefact (default: its first that is installed)",
+    )
     add("--threads", type=int, metavar="N", help=f"threads of {engine} (default: its own choice)")
     add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
 

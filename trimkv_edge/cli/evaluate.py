@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add("--model", metavar="NAME|ID|DIR", help="a model for the eager engine: a known name, a hub id or a folder")
     add("--weights", type=Path, metavar="DIR", help="folder with the weights of --model")
-    add("--engine", metavar="NAME", help="engine of an artefact: onnx or executorch")
+    add("--engine", metavar="NAME", help="engine of an artefact: onnx, onnx:cuda, onnx:auto, ...")
     add("-o", "--output", type=Path, metavar="DIR", default=Path("results"), help="results folder (default: results)")
     sweep = parser.add_argument_group("sweep").add_argument
     sweep(

@@ -111,7 +111,8 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         nargs="+",
         default=["executorch", "onnx"],
         metavar="T",
-        help="executorch, onnx (default: both), host-evicted (static graphs for NPUs, whose cache the host drives), "
+        help="executorch, onnx (default: both), torch (weights for torch.compile, docs/gpu.md), host-evicted (static "
+        "graphs for NPUs, whose cache the host drives), "
         f"or a compiler: {', '.join(BACKENDS)} (docs/npu.md)",
     )
     add(

@@ -44,7 +44,7 @@ def _import(args: argparse.Namespace) -> None:
     from trimkv_edge.models.gates import GateShape
     from trimkv_edge.models.source import find_source
 
-    model = find_source(args.model) if args.model else None
+    model = find_source(args.model, vision=True) if args.model else None
     result = import_gates(
         args.source,
         args.output,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from trimkv_edge.budget import format_bytes
-from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
+from trimkv_edge.cli.common import add_engine, quiet_libraries, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
+from trimkv_edge.cli.run_model import add_model, check_model, open_model
 from trimkv_edge.errors import ArtefactError, ConfigError, reason
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ examples:
   cat notes.txt | trimkv-run artefacts/tiny - --stop "\\n\\n"
   trimkv-run artefacts/qwen3-4b --chat --prompt "Hello" --temperature 0.7 --top-p 0.9 --seed 1
   trimkv-run artefacts/tiny --session manual.session --prompt "What is the gate?" --save-session talk.session
+  trimkv-run --engine torch --model tiny --budget 128 --prompt-file book.txt
 
 The prompt may be far longer than the cache: it is read in chunks, and after every --buffer tokens (a setting of the
 export) each KV head keeps its best entries. Memory stays what the artefact's manifest says. Text goes to stdout,
@@ -49,11 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
+    add("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add_prompt(parser)
     add("--session", type=Path, metavar="STATE", help="go on from a saved session, which stays as it is")
     add("--save-session", type=Path, metavar="STATE", help="save the session at the end, also after Ctrl-C")
     add_engine(parser)
+    add_model(parser)
     add_generation(parser, 256)
     report = parser.add_argument_group("reports").add_argument
     report("--stats", choices=["text", "json"], help="print statistics to stderr; json is its last line")
@@ -67,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     # Intermixed, so that the "-" may stand anywhere among the options.
     args = build_parser().parse_intermixed_args(argv)
+    if args.model is not None and args.artefact == Path("-"):
+        args.artefact, args.stdin = None, "-"
     run_cli(lambda: _run(args))
 
 
@@ -76,16 +81,25 @@ def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.session_file import SessionFile
 
     # What costs nothing is checked before what costs seconds.
+    check_model(args)
     sampling = sampling_of(args)
     if args.stats_file is not None and not args.stats_file.absolute().parent.is_dir():
         raise ConfigError(f"--stats-file {args.stats_file} lies in no existing folder: make the folder first")
     prompt = _prompt(args)
-    artefact = Artefact.load(args.artefact, verify=not args.no_verify)
+    engine = None
+    if args.model is None:
+        artefact = Artefact.load(args.artefact, verify=not args.no_verify)
+    else:
+        quiet_libraries()
+        artefact, engine = open_model(args)
     tokens = [] if prompt is None else encode_prompt(artefact, prompt, args.chat, begins=args.session is None)
     warn_random_weights(artefact.manifest)
     with ExitStack() as stack:
         target = args.save_session and stack.enter_context(SessionFile(args.save_session).open())
-        session = Session.open(artefact, args.engine, args.threads, profile=args.profile, checkpoints=0, warn=warn)
+        if engine is None:
+            session = Session.open(artefact, args.engine, args.threads, profile=args.profile, checkpoints=0, warn=warn)
+        else:
+            session = Session.over(engine, artefact, checkpoints=0, warn=warn)
         if args.session is not None:
             session.load(args.session)
         try:

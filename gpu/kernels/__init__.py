@@ -1,0 +1,1 @@
+"""Triton kernels behind :mod:`trimkv_edge.gpu.ops`."""

@@ -1,0 +1,158 @@
+"""Pictures as rows of a stream: encoded once, then read by the gated decoder chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimkv_edge.errors import ModelError
+from trimkv_edge.models.attention import BACKEND_KEYWORD, AttentionBackend
+from trimkv_edge.models.family import text_decoder
+from trimkv_edge.models.gated import GatedModel
+
+IMAGE, VIDEO = "image", "video"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the decoder reads in place of the placeholders of one image, or of one frame group of a video.
+
+    Attributes:
+        kind: ``image`` or ``video``, which have placeholders of their own.
+        height, width: in rows; a row is a square of merged patches.
+        embeddings: float32 ``[height * width, hidden_size]``, line by line.
+        deepstack: float32 ``[features, height * width, hidden_size]``; feature n is added after decoder layer n.
+    """
+
+    kind: str
+    height: int
+    width: int
+    embeddings: Tensor
+    deepstack: Tensor
+
+    def __post_init__(self) -> None:
+        rows = self.height * self.width
+        if self.kind not in (IMAGE, VIDEO) or min(self.height, self.width) < 1:
+            raise ModelError(
+                f"picture of kind {self.kind!r} with {self.height} x {self.width} rows: give {IMAGE!r} or {VIDEO!r} "
+                "and at least one row"
+            )
+        if self.embeddings.shape[:-1] != (rows,) or self.deepstack.shape[1:] != self.embeddings.shape:
+            raise ModelError(
+                f"picture of {self.height} x {self.width} rows has embeddings {tuple(self.embeddings.shape)} and "
+                f"DeepStack features {tuple(self.deepstack.shape)}, but needs {rows} rows in each"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the stream that it takes."""
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """What a chunk of a mixed stream has beside its token ids; T tokens, V of them picture rows.
+
+    Attributes:
+        positions: int64 ``[3, T]``, M-RoPE positions: time, height, width.
+        visual: bool ``[T]``, which tokens are picture rows.
+        embeddings: ``[V, hidden_size]``.
+        deepstack: ``[features, V, hidden_size]``.
+    """
+
+    positions: Tensor
+    visual: Tensor
+    embeddings: Tensor
+    deepstack: Tensor
+
+
+class GatedVisionModel(GatedModel):
+    """A transformers vision-language model with retention gates in its text decoder."""
+
+    @property
+    def placeholders(self) -> dict[int, str]:
+        """Kind of picture by the token id that holds its place."""
+        config = self.base.config
+        return {config.image_token_id: IMAGE, config.video_token_id: VIDEO}
+
+    @torch.no_grad()
+    def images(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Picture]:
+        """Encodes images.
+
+        Args:
+            pixel_values: ``[patches, values]`` of all images, as transformers' image processor makes them.
+            grid_thw: int64 ``[images, 3]``: frame groups (1), patches down, patches across.
+
+        Raises:
+            ModelError: sizes that do not fit each other or the model.
+        """
+        if grid_thw.ndim == 2 and (grid_thw[:, :1] != 1).any():
+            raise ModelError(
+                f"image grid {grid_thw.tolist()}: an image has 1 frame group; give more of them as a video"
+            )
+        return list(self._encode(IMAGE, pixel_values, grid_thw))
+
+    @torch.no_grad()
+    def videos(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Picture]:
+        """Encodes videos into one picture for each frame group, which have their placeholders apart (timestamps between
+        them); arguments and errors as of :meth:`images`, with any number of frame groups."""
+        return list(self._encode(VIDEO, pixel_values, grid_thw))
+
+    def _encode(self, kind: str, pixel_values: Tensor, grid_thw: Tensor) -> Iterator[Picture]:
+        self._check(kind, pixel_values, grid_thw)
+        merge = self.base.config.vision_config.spatial_merge_size
+        out = self.base.model.get_image_features(pixel_values, grid_thw, return_dict=True)
+        for number, (frames, down, across) in enumerate(grid_thw.tolist()):
+            height, width = down // merge, across // merge
+            deepstack = torch.stack([feature[number] for feature in out.deepstack_features])
+            for frame in range(frames):
+                rows = slice(frame * height * width, (frame + 1) * height * width)
+                # Copies: a view would keep the rows of all the others.
+                yield Picture(kind, height, width, out.pooler_output[number][rows].clone(), deepstack[:, rows].clone())
+
+    def _check(self, kind: str, pixel_values: Tensor, grid_thw: Tensor) -> None:
+        config = self.base.config.vision_config
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.dtype != torch.int64 or not len(grid_thw):
+            raise ModelError(f"{kind} grid {list(grid_thw.shape)} of {grid_thw.dtype}: give int64 [pictures, 3]")
+        merge = config.spatial_merge_size
+        if (grid_thw < 1).any() or (grid_thw[:, 1:] % merge).any():
+            raise ModelError(
+                f"{kind} grid {grid_thw.tolist()}: numbers of patches must be positive, and multiples of {merge} "
+                "down and across"
+            )
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        want = (int(grid_thw.prod(-1).sum()), values)
+        if tuple(pixel_values.shape) != want:
+            raise ModelError(
+                f"{kind} pixels {list(pixel_values.shape)}: grid {grid_thw.tolist()} and {config.in_channels} channels "
+                f"need {list(want)}"
+            )
+
+    def read(self, input_ids: Tensor, rows: ChunkRows, backend: AttentionBackend, last_only: bool = True) -> Tensor:
+        """Reads a chunk of a mixed stream.
+
+        Args:
+            input_ids: int64 ``[1, T]``; ids of placeholders count for nothing.
+            rows: of the same T tokens.
+            backend: takes each layer's entries and attends.
+            last_only: logits of the last token only.
+
+        Returns:
+            logits ``[1, 1 or T, vocab_size]``.
+        """
+        decoder = text_decoder(self.base)
+        visual = rows.visual[None]
+        hidden = decoder.embed_tokens(input_ids).masked_scatter(visual[..., None], rows.embeddings)
+        out = decoder(
+            inputs_embeds=hidden,
+            position_ids=rows.positions[:, None],
+            use_cache=False,
+            visual_pos_masks=visual,
+            deepstack_visual_embeds=list(rows.deepstack),
+            **{BACKEND_KEYWORD: backend},
+        ).last_hidden_state
+        logits: Tensor = self.base.lm_head(out[:, -1:] if last_only else out)
+        return logits

@@ -1,0 +1,198 @@
+"""Each stream of a batch is what the same stream is alone, whatever the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from factories import gated_model, random_tokens
+from torch._dynamo.utils import counters
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.errors import ConfigError, PositionLimitError, StateError
+from trimkv_edge.gpu.batch import Batch
+from trimkv_edge.gpu.sampling import DeviceSampler
+from trimkv_edge.models.eager import EagerEngine
+from trimkv_edge.runtime.sampling import SamplingParams
+
+CONFIG = CacheConfig(budget=15, buffer=7, prefill_chunk=6, sinks=1)
+LENGTHS = (9, 61, 22)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Batch]:
+    torch._dynamo.reset()
+    counters.clear()
+    batch = Batch(gated_model("llama-gqa"), CONFIG, 3)
+    batch.graphs.warm_up()
+    yield batch
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def batch(compiled: Batch) -> Batch:
+    for stream in compiled.streams:
+        stream.reset()
+    return compiled
+
+
+class Alone:
+    """A stream in the eager engine: reads, and continues with the best token."""
+
+    def __init__(self, config: CacheConfig = CONFIG) -> None:
+        self.engine = EagerEngine(gated_model("llama-gqa"), config)
+        self.logits = np.zeros(0, np.float32)
+
+    def read(self, tokens: list[int]) -> None:
+        for token in tokens:
+            if self.engine.room == 0:
+                self.engine.evict()
+            self.logits = self.engine.decode(token)
+
+    def decode(self, steps: int) -> list[int]:
+        drawn = []
+        for _ in range(steps):
+            drawn.append(int(self.logits.argmax()))
+            self.read(drawn[-1:])
+        return drawn
+
+
+def compare(batch: Batch, alone: list[Alone]) -> None:
+    """After the events that are due: a batch may run one earlier than the stream would have to."""
+    batch.evict()
+    for other in alone:
+        if other.engine.room == 0:
+            other.engine.evict()
+    for row, (stream, other) in enumerate(zip(batch.streams, alone, strict=True)):
+        assert stream.seen == other.engine.seen
+        np.testing.assert_array_equal(stream.survivors(), other.engine.survivors())
+        got, want = stream.state(), other.engine.state()
+        for name in ("key", "value", "log_beta"):
+            np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=5e-5, err_msg=f"{name} of {row}")
+        if other.engine.seen:
+            np.testing.assert_allclose(batch.graphs.logits[row].numpy(), other.logits, atol=1e-4)
+
+
+def test_streams_of_different_lengths_are_what_they_are_alone(batch: Batch) -> None:
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 3
+    alone = [Alone() for _ in LENGTHS]
+    prompts = {row: random_tokens(length, seed=row) for row, length in enumerate(LENGTHS)}
+    batch.read(prompts)
+    for row, tokens in prompts.items():
+        alone[row].read(tokens)
+    compare(batch, alone)
+    for steps in (1, 40, 13):
+        drawn = batch.decode(steps).tokens()
+        np.testing.assert_array_equal(drawn, [stream.decode(steps) for stream in alone])
+        compare(batch, alone)
+    events = [(stream.engine.seen - 15) // 7 for stream in alone]
+    assert min(events) >= 5
+    assert len({stream.engine.seen % 7 for stream in alone}) == 3  # so events fall on different steps
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
+    alone = [Alone() for _ in LENGTHS]
+    batch.read({0: random_tokens(40), 2: random_tokens(22)})
+    alone[0].read(random_tokens(40))
+    alone[2].read(random_tokens(22))
+    # Stream 2 holds 22 entries, all of its slots, and waits; stream 1 is empty.
+    np.testing.assert_array_equal(batch.decode(30, rows=[0]).tokens()[0], alone[0].decode(30))
+    batch.read({1: random_tokens(33, seed=4)})
+    alone[1].read(random_tokens(33, seed=4))
+    np.testing.assert_array_equal(batch.decode(9, rows=[1, 2]).tokens()[1:], [row.decode(9) for row in alone[1:]])
+    compare(batch, alone)
+    batch.streams[0].reset()
+    alone[0] = Alone()
+    batch.read({0: random_tokens(5, seed=8)})
+    alone[0].read(random_tokens(5, seed=8))
+    np.testing.assert_array_equal(batch.decode(11).tokens(), [row.decode(11) for row in alone])
+
+
+def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
+    reference = Alone()
+    reference.read(random_tokens(50))
+    batch.read({0: random_tokens(22, seed=1), 1: random_tokens(30, seed=2)})
+    other = Alone()
+    other.read(random_tokens(30, seed=2))
+    batch.streams[2].load_state(reference.engine.state())
+    for token in random_tokens(30, seed=3):  # stream 0 was full
+        stream = batch.streams[2]
+        if stream.room == 0:
+            stream.evict()
+        np.testing.assert_allclose(stream.decode(token), _after(reference, token), atol=1e-4)
+    np.testing.assert_array_equal(batch.streams[2].survivors(), reference.engine.survivors())
+    np.testing.assert_array_equal(batch.decode(20, rows=[1]).tokens()[1], other.decode(20))
+
+
+def _after(stream: Alone, token: int) -> np.ndarray:
+    stream.read([token])
+    return stream.logits
+
+
+def test_a_policy_without_a_kernel_follows_each_stream() -> None:
+    config = CacheConfig(15, 7, 6, policy="random")
+    batch = Batch(gated_model("llama-gqa"), config, 2, compiled=False)
+    alone = [Alone(config), Alone(config)]
+    batch.read({0: random_tokens(31), 1: random_tokens(44)})
+    alone[0].read(random_tokens(31))
+    alone[1].read(random_tokens(44))
+    np.testing.assert_array_equal(batch.decode(30).tokens(), [row.decode(30) for row in alone])
+    compare(batch, alone)
+
+
+def test_drawn_tokens_follow_their_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    logits = probabilities.log().repeat(20000, 1)
+
+    def share(**settings: float) -> list[float]:
+        drawn = DeviceSampler(SamplingParams(seed=5, **settings))(logits)
+        return [(drawn == token).float().mean().item() for token in range(4)]
+
+    assert share(temperature=0.0) == [1, 0, 0, 0]
+    np.testing.assert_allclose(share(temperature=1.0), [0.5, 0.25, 0.15, 0.1], atol=0.015)
+    np.testing.assert_allclose(share(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.015)
+    np.testing.assert_allclose(share(temperature=1.0, min_p=0.25), [5 / 9, 2.5 / 9, 1.5 / 9, 0], atol=0.015)
+    squares = np.array([0.25, 0.0625, 0.0225, 0.01])
+    np.testing.assert_allclose(share(temperature=0.5), squares / squares.sum(), atol=0.015)
+
+
+def test_a_seed_draws_the_same_again() -> None:
+    drawn = []
+    for seed in (3, 3, 4):
+        batch = Batch(gated_model("llama-gqa"), CONFIG, 2, compiled=False)
+        batch.read({0: [5, 6], 1: [7]})
+        sampler = DeviceSampler(SamplingParams(temperature=1.5, seed=seed))
+        drawn.append(np.concatenate([batch.decode(8, sampler).tokens() for _ in range(2)], 1))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="batch is 0"):
+        Batch(gated_model("llama-gqa"), CONFIG, 0, compiled=False)
+    with pytest.raises(ConfigError, match="not drawn on the device"):
+        DeviceSampler(SamplingParams(temperature=1.0, top_p=0.9))
+    batch = Batch(gated_model("llama-gqa"), CONFIG, 2, position_limit=40, compiled=False)
+    with pytest.raises(StateError, match="no stream has read anything"):
+        batch.decode(1)
+    with pytest.raises(StateError, match="stream 2 is not one of 0 to 1"):
+        batch.read({0: [5], 2: [5]})
+    with pytest.raises(StateError, match="stream 1 has no tokens"):
+        batch.read({0: [5], 1: []})
+    with pytest.raises(StateError, match="outside the vocabulary of 320"):
+        batch.read({0: [5], 1: [320]})
+    with pytest.raises(PositionLimitError, match=r"stream 1 would pass the last position .*\(39\)"):
+        batch.read({0: [5], 1: [5] * 41})
+    assert [stream.seen for stream in batch.streams] == [0, 0]
+    batch.read({0: [5] * 30})
+    with pytest.raises(StateError, match="stream 1 has read nothing"):
+        batch.decode(1, rows=[0, 1])
+    with pytest.raises(StateError, match="0 steps"):
+        batch.decode(0)
+    with pytest.raises(PositionLimitError):
+        batch.decode(11)
+    assert batch.decode(10).tokens().shape == (2, 10)
