@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from vision_streams import Mixed, plain_logits
 
 from trimkv_edge.cli.export import main as export
+from trimkv_edge.cli.import_gates import main as import_command
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ModelError
 from trimkv_edge.models.gate_source import import_gates
@@ -90,6 +91,14 @@ def test_published_gates_sit_in_the_text_decoder(kind: str, imported: bool, fold
     for name, tensor in raw.items():
         assert torch.equal(state[f"base.{name}"], tensor.float())
     last_logits(loaded.model)
+
+
+def test_the_command_imports_gates_for_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = (3, 64, 2, 8)
+    given = write_published(tmp_path / "in", raw_gates("rg10", *sizes, VISION), "rg10", *sizes, nest=True)
+    import_command([str(given), "-o", str(tmp_path / "out"), "--model", str(folder)])
+    assert "use it    from Python (docs/models.md)" in capsys.readouterr().out
+    last_logits(load_model(find_source(str(folder), vision=True), str(tmp_path / "out")).model)
 
 
 def test_random_weights_of_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

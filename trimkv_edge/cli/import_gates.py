@@ -62,7 +62,10 @@ def _import(args: argparse.Namespace) -> None:
     print(f"for       {info['base_model'] or 'unnamed base model'}, trained with M = {info['memory']}")
     print(f"source    sha256 {info['source']['sha256']}")
     print(f"made      {result.folder}")
-    print(f"use it    trimkv-export --model MODEL --gates {result.folder} --budget {info['memory'] or 1024} -o OUT")
+    if model and model.family.vision:
+        print("use it    from Python (docs/models.md): no command runs models that read pictures yet")
+    else:
+        print(f"use it    trimkv-export --model MODEL --gates {result.folder} --budget {info['memory'] or 1024} -o OUT")
 
 
 if __name__ == "__main__":
