@@ -91,7 +91,7 @@ def export_hexagon(job: Job) -> Target:
         made = work / "made"
         made.mkdir()
         layers = job.model.config.num_hidden_layers
-        shards = job.shards or shards_needed(_weight_bytes(job.model, precision), layers)
+        shards = job.shards or shards_needed(*_weight_bytes(job.model, precision), layers)
         for role, count in counts.items():
             for part, path in enumerate(cut(graphs[count], layers, shards)):
                 which = f", part {part + 1} of {shards}" if shards > 1 else ""
@@ -105,13 +105,16 @@ def export_hexagon(job: Job) -> Target:
     return Target(ENGINE, precision, files)
 
 
-def _weight_bytes(model: GatedModel, precision: str) -> int:
-    """Of a graph's linear layers, compiled."""
+def _weight_bytes(model: GatedModel, precision: str) -> tuple[int, int]:
+    """Compiled: of the linear layers in one layer, and of the output layer."""
     from trimkv_edge.export.backends.hexagon_quantize import RECIPES, weight_bits
 
-    wide = 16 if precision == "fp16" else 0
-    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
-    return sum(part.weight.numel() * (wide or weight_bits(name, RECIPES[precision])) for name, part in linear) // 8
+    def size(module: nn.Module, prefix: str = "") -> int:
+        linear = ((name, part) for name, part in module.named_modules(prefix=prefix) if isinstance(part, nn.Linear))
+        wide = 16 if precision == "fp16" else 0
+        return sum(part.weight.numel() * (wide or weight_bits(name, RECIPES[precision])) for name, part in linear) // 8
+
+    return size(model.base.model.layers[0]), size(model.base.lm_head, "lm_head")
 
 
 def _quantised(

@@ -18,9 +18,15 @@ from trimkv_edge.hexagon import check_shards
 CONTEXT_BYTES = 3 * 2**30
 
 
-def shards_needed(weight_bytes: int, layers: int) -> int:
-    """How many parts keep the weights of each below :data:`CONTEXT_BYTES`; at most one for each layer."""
-    return min(layers, max(1, ceil(weight_bytes / CONTEXT_BYTES)))
+def shards_needed(layer_bytes: int, head_bytes: int, layers: int) -> int:
+    """The fewest parts whose weights are at most :data:`CONTEXT_BYTES` each; no more than one for each layer.
+
+    Args:
+        layer_bytes: of one layer; head_bytes: of the output layer, which the last part has beside its layers.
+        layers: how many there are.
+    """
+    sizes = ((shards, ceil(layers / shards) * layer_bytes + head_bytes) for shards in range(1, layers))
+    return next((shards for shards, size in sizes if size <= CONTEXT_BYTES), layers)
 
 
 def cut(source: Path, layers: int, shards: int) -> list[Path]:

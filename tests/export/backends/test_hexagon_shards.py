@@ -85,9 +85,17 @@ def test_parts_in_the_emulator_give_what_the_whole_gives(precision: str, shards:
 
 
 def test_as_few_as_hold_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shards_needed(CONTEXT_BYTES, 32) == 1
-    assert shards_needed(CONTEXT_BYTES + 1, 32) == 2
-    assert shards_needed(9 * CONTEXT_BYTES, 4) == 4
+    share = CONTEXT_BYTES // 8
+    for layer, head, layers, shards in [
+        (share, 0, 8, 1),
+        (share, share, 7, 1),
+        (share, share, 8, 2),  # the output layer beside four
+        (share, 4 * share, 8, 2),
+        (share, 5 * share, 8, 3),
+        (share, 0, 9, 2),
+        (9 * share, 0, 4, 4),  # no part is smaller than a layer
+    ]:
+        assert shards_needed(layer, head, layers) == shards
     linear = LAYERS * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 96) + 64 * 320  # q, o; k, v; the MLP; the output layer
     gates = LAYERS * (64 * 24 + 24 * 2)
     monkeypatch.setattr(hexagon_shards, "CONTEXT_BYTES", 2 * (linear + gates))
