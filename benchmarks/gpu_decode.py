@@ -58,7 +58,7 @@ SMALL = dict(
 
 def model_config(name: str, **other: Any) -> Any:
     """transformers' configuration of a named model, some fields replaced."""
-    return AutoConfig.for_model(MODELS[name].family, **{**MODELS[name].shape, **other})
+    return AutoConfig.for_model(MODELS[name].family, **MODELS[name].fields(**other))
 
 
 def random_model(config: Any, device: str, seed: int = 0) -> GatedModel:

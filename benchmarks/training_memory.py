@@ -48,7 +48,7 @@ def build(model: str, device: str, dtype: str, checkpointing: bool) -> Any:
         )
         config = AutoConfig.for_model("qwen3", **shape)
     else:
-        config = AutoConfig.for_model(MODELS[model].family, **MODELS[model].shape)
+        config = AutoConfig.for_model(MODELS[model].family, **MODELS[model].fields())
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     width = min(512, config.hidden_size)
     gates = build_gates(

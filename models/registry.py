@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,10 @@ class NamedModel:
     gates: dict[str, str] = field(default_factory=dict)
     shape: dict[str, Any] = field(default_factory=dict)
     stops: list[int] = field(default_factory=list)
+
+    def fields(self, **other: Any) -> dict[str, Any]:
+        """A copy of ``shape``, some fields replaced: transformers completes the dictionaries that it is given."""
+        return {**copy.deepcopy(self.shape), **other}
 
 
 _PHI3_STOPS = [32000, 32001, 32007]

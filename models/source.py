@@ -140,7 +140,7 @@ def _find(name: str, weights: Path | None, random_weights: bool, vision: bool) -
                 f"the shape of {name} is not part of this package: add --weights DIR, a folder with its config.json"
             )
         # A copy: transformers completes the nested fields in place.
-        config = AutoConfig.for_model(entry.family, **copy.deepcopy(entry.shape))
+        config = AutoConfig.for_model(entry.family, **entry.fields())
         return ModelSource(name, entry.repo, None, config, family_of(entry.family), dict(entry.gates), True)
     repo = entry.repo if entry else name
     folder = _download(name, repo, entry is not None, random_weights)
