@@ -62,16 +62,7 @@ class LayerwiseReference(Engine):
         progress: Callable[[int, int], None] | None = None,
         scales: KVScales | None = None,
     ) -> None:
-        model = weights.model
-        shape = model.config
-        super().__init__(
-            config,
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=model.head_dim,
-            vocab_size=shape.vocab_size,
-            position_limit=POSITION_LIMIT,
-        )
+        super().__init__(config, position_limit=POSITION_LIMIT, **weights.model.sizes)
         self._scales = scales
         self._tokens = np.asarray(tokens[: sum(plan)], np.int64)
         self._ends = np.cumsum(plan)

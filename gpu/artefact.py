@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from trimkv_edge.errors import ArtefactError, ModelError
 from trimkv_edge.gpu.engine import DeviceEngine
-from trimkv_edge.gpu.placement import DTYPES, check_fits_on, find_device, moved
+from trimkv_edge.gpu.placement import DTYPES, check_fits_on, find_device, home, moved
 from trimkv_edge.gpu.pooled_engine import DevicePooledEngine
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.models.gated import GatedModel
@@ -102,7 +102,7 @@ class _FromArtefact(ArtefactEngine):
     def _read_profile(self) -> list[OperatorTime]:
         assert self._profiler is not None
         self._profiler.stop()
-        on_device = self._model.base.get_input_embeddings().get_parameter("weight").is_cuda
+        on_device = home(self._model)[0].type == "cuda"
         found = []
         for row in self._profiler.key_averages():
             microseconds = row.self_device_time_total if on_device else row.self_cpu_time_total

@@ -23,7 +23,7 @@ class BatchedAttention:
     """
 
     def __init__(self, cache: BatchedCache, count: Tensor, length: int) -> None:
-        self._cache = cache
+        self._cache, self._count = cache, count
         own = count.clamp(min=1).unsqueeze(1)
         step = torch.arange(length, device=count.device)
         # Of the first own token in the chunk's order, and where it goes.
@@ -50,6 +50,10 @@ class BatchedAttention:
         self._write(values, value)
         out: Tensor = torch.ops.trimkv.attend(query.contiguous(), keys, values, self._start, scale)
         return out
+
+    def advance(self) -> None:
+        """Counts the chunk, which every layer has written."""
+        self._cache.advance(self._count)
 
     def _write(self, table: Tensor, rows: Tensor) -> None:
         """``rows [batch, kv_heads, T, ...]`` into ``table [batch, kv_heads, slots, ...]``."""

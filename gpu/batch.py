@@ -14,6 +14,7 @@ from trimkv_edge.errors import PositionLimitError, StateError
 from trimkv_edge.gpu.cache import BatchedCache
 from trimkv_edge.gpu.compiled import Graphs
 from trimkv_edge.gpu.engine import DeviceEngine
+from trimkv_edge.gpu.placement import home
 from trimkv_edge.gpu.sampling import DeviceSampler
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.runtime.sampling import SamplingParams
@@ -27,15 +28,7 @@ class Stream(DeviceEngine):
 
     def __init__(self, batch: Batch, row: int, position_limit: int) -> None:
         graphs = batch.graphs
-        shape = graphs.model.config
-        super().__init__(
-            graphs.cache.config,
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=graphs.model.head_dim,
-            vocab_size=shape.vocab_size,
-            position_limit=position_limit,
-        )
+        super().__init__(graphs.cache.config, position_limit=position_limit, **graphs.model.sizes)
         self._join(graphs, row)
         self._batch = batch
 
@@ -109,12 +102,12 @@ class Batch:
         *,
         compiled: bool = True,
     ) -> None:
-        weight, shape = model.base.get_input_embeddings().get_parameter("weight"), model.config
+        self.device, dtype = home(model)
+        shape = model.config
         sizes = (shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
-        cache = BatchedCache(config, *sizes, size, weight.dtype, weight.device)
+        cache = BatchedCache(config, *sizes, size, dtype, self.device)
         self.graphs = Graphs(model.eval(), cache, compiled)
         self.streams = [Stream(self, row, position_limit) for row in range(size)]
-        self.device = weight.device
 
     def read(self, prompts: Mapping[int, Sequence[int]]) -> None:
         """Reads tokens into the streams named, a chunk of each at a time; ``graphs.logits`` then has what follows.

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import trimkv_edge.gpu.ops  # noqa: F401  the custom ops
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.eviction import plan_moves, policy_of, select_survivors
+from trimkv_edge.gpu.ops import held_positions, move
 from trimkv_edge.policies import POLICIES
 from trimkv_edge.policies.base import Entries
 
@@ -106,11 +106,9 @@ class BatchedCache:
 
     def _evict_by_policy(self, due: Tensor) -> None:
         """The core's own event, written into the rows that are due."""
-        layers, batch, heads, slots = self.log_beta.shape
-        buffer = slots - self.config.budget
-        seen = self.seen.view(1, -1, 1, 1)
-        ring = (seen - buffer + torch.arange(buffer, device=seen.device)).expand(layers, batch, heads, buffer)
-        held = torch.cat([self.positions, ring], -1)
+        layers, batch, heads, _ = self.log_beta.shape
+        buffer = self.config.buffer
+        held = held_positions(self.positions, self.seen, buffer)
         score = self.policy.key_score
         entries = Entries(
             # The core's rows go by stream, then layer.
@@ -123,12 +121,7 @@ class BatchedCache:
         )
         moves = plan_moves(select_survivors(entries, self.config), self.config.budget)
         destination, source = (slot.view(batch, layers, heads, buffer).transpose(0, 1) for slot in moves)
-        source = torch.where(due.view(1, -1, 1, 1), source, destination)
-        self.log_beta.scatter_(-1, destination, self.log_beta.gather(-1, source))
-        self.positions.copy_(held.scatter(-1, destination, held.gather(-1, source))[..., : self.config.budget])
-        for rows in (self.key, self.value):
-            to, origin = (slot.unsqueeze(-1).expand(*slot.shape, rows.shape[-1]) for slot in (destination, source))
-            rows.scatter_(-2, to, rows.gather(-2, origin))
+        move(self.key, self.value, self.log_beta, self.positions, held, due, (destination, source))
 
     def read(self, row: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Key, value ``[layers, kv_heads, slots, head_dim]`` and log_beta ``[layers, kv_heads, slots]`` of a stream."""

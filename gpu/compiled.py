@@ -6,6 +6,7 @@ They take and give nothing but what lies in the buffers beside them, so that CUD
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,63 +16,117 @@ from torch._inductor.exc import InductorError
 from trimkv_edge.errors import TrimKVError
 from trimkv_edge.gpu.backend import BatchedAttention
 from trimkv_edge.gpu.cache import BatchedCache
+from trimkv_edge.gpu.placement import home
+from trimkv_edge.models.attention import AttentionBackend
 from trimkv_edge.models.gated import GatedModel
 
 
-class Graphs:
-    """A model over a batched cache.
+class ChunkAttention(AttentionBackend, Protocol):
+    """A backend of one forward pass over a cache that lies on the device."""
+
+    def positions(self) -> Tensor:
+        """Absolute positions of the chunk, int64 ``[batch, T]``."""
+
+    def advance(self) -> None:
+        """Counts the chunk, which every layer has written."""
+
+
+class Steps:
+    """A model over a cache: a token of each stream, and a chunk of each.
 
     Args:
-        model: on the device of ``cache``.
-        cache: written in place.
-        compiled: through ``torch.compile``; on CUDA the token and the event are replayed as CUDA graphs. False: step by
-            step.
+        model: on its device.
+        attention: ``(count, T)`` -> the backend of a chunk.
+        batch: streams.
+        longest: tokens of a chunk.
+        compiled: through ``torch.compile``; on CUDA the token is replayed as a CUDA graph. False: step by step.
 
     Attributes:
         token: int64 ``[batch, 1]``, read by ``decode``.
-        chunk: int64 ``[batch, prefill_chunk]``, right-aligned (see :class:`BatchedAttention`), read by ``prefill``.
-        count: int64 ``[batch]``, tokens that each stream reads in this step, 0 to 1 or to ``prefill_chunk``.
+        chunk: int64 ``[batch, longest]``, right-aligned (see :class:`BatchedAttention`), read by ``prefill``.
+        count: int64 ``[batch]``, tokens that each stream reads in this step, 0 to 1 or to ``longest``.
         logits: float32 ``[batch, vocab_size]``, after the last token of the streams that read one.
-        due: bool ``[batch]``, streams whose event ``evict`` runs; all their slots are live.
-        decode, prefill, evict: the steps. In the first two every stream has a free slot, also one that reads nothing.
+        decode, prefill: the steps. In both every stream has a free slot, also one that reads nothing.
     """
 
-    def __init__(self, model: GatedModel, cache: BatchedCache, compiled: bool = True) -> None:
-        device, batch = cache.live.device, cache.batch
-        self.model, self.cache, self.compiled = model, cache, compiled
-        shapes = ((batch, 1), (batch, cache.config.prefill_chunk), (batch,))
+    def __init__(
+        self,
+        model: GatedModel,
+        attention: Callable[[Tensor, int], ChunkAttention],
+        batch: int,
+        longest: int,
+        compiled: bool,
+    ) -> None:
+        device, _ = home(model)
+        self.model, self.compiled = model, compiled
+        shapes = ((batch, 1), (batch, longest), (batch,))
         self.token, self.chunk, self.count = (torch.zeros(s, dtype=torch.int64, device=device) for s in shapes)
         self.logits = torch.zeros(batch, model.config.vocab_size, device=device)
-        self.due = torch.zeros(batch, dtype=torch.bool, device=device)
-        for tensor in (self.token, self.chunk, self.count, self.logits, self.due):
+        for tensor in (self.token, self.chunk, self.count, self.logits):
             torch._dynamo.mark_static_address(tensor)
 
         def step(tokens: Tensor, count: Tensor, logits: Tensor) -> None:
-            attention = BatchedAttention(cache, count, tokens.shape[1])
-            newest = model(tokens, attention.positions(), attention)[:, -1]
+            chunk = attention(count, tokens.shape[1])
+            newest = model(tokens, chunk.positions(), chunk)[:, -1]
             logits.copy_(torch.where(count.unsqueeze(1) > 0, newest.float(), logits))
-            cache.advance(count)
+            chunk.advance()
 
-        def event(due: Tensor) -> None:
-            cache.evict(due)
-
-        replayed = cache.live.is_cuda
-        token, event = once(step, compiled, replayed), once(event, compiled, replayed)
+        token = once(step, compiled, device.type == "cuda")
         # A chunk is bound by arithmetic, not by launches.
-        chunk = token if cache.config.prefill_chunk == 1 else once(step, compiled, False)
-        self.decode = lambda: token(self.token, self.count, self.logits)
-        self.prefill = lambda: chunk(self.chunk, self.count, self.logits)
-        self.evict = lambda: event(self.due)
+        chunk = token if longest == 1 else once(step, compiled, False)
+        self.decode: Callable[[], None] = lambda: token(self.token, self.count, self.logits)
+        self.prefill: Callable[[], None] = lambda: chunk(self.chunk, self.count, self.logits)
 
     def warm_up(self) -> None:
         """Compiles all graphs now, and records CUDA graphs. Streams stay as they are; each has a free slot."""
         self.count.zero_()
-        self.due.zero_()
-        for _ in range(3 if self.due.is_cuda else 1):
-            self.decode()
-            self.evict()
-        if self.cache.config.prefill_chunk > 1:
+        for _ in range(3 if self.count.is_cuda else 1):
+            self._warm_up_once()
+        if self.chunk.shape[1] > 1:
             self.prefill()
+
+    def _warm_up_once(self) -> None:
+        self.decode()
+
+
+class Graphs(Steps):
+    """A model over a batched cache, and the event of the streams that are due.
+
+    Args:
+        model: on the device of ``cache``.
+        cache: written in place.
+        compiled: see :class:`Steps`; the event is replayed as the token is.
+
+    Attributes:
+        due: bool ``[batch]``, streams whose event ``evict`` runs; all their slots are live.
+        evict: the event.
+    """
+
+    def __init__(self, model: GatedModel, cache: BatchedCache, compiled: bool = True) -> None:
+        super().__init__(
+            model,
+            lambda count, length: BatchedAttention(cache, count, length),
+            cache.batch,
+            cache.config.prefill_chunk,
+            compiled,
+        )
+        self.cache = cache
+        self.due = torch.zeros(cache.batch, dtype=torch.bool, device=cache.live.device)
+        torch._dynamo.mark_static_address(self.due)
+
+        def event(due: Tensor) -> None:
+            cache.evict(due)
+
+        event = once(event, compiled, cache.live.is_cuda)
+        self.evict: Callable[[], None] = lambda: event(self.due)
+
+    def warm_up(self) -> None:
+        self.due.zero_()
+        super().warm_up()
+
+    def _warm_up_once(self) -> None:
+        self.decode()
+        self.evict()
 
 
 def once(function: Callable[..., None], compiled: bool, replayed: bool) -> Callable[..., None]:

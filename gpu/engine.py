@@ -9,6 +9,7 @@ from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
 from trimkv_edge.gpu.cache import BatchedCache
 from trimkv_edge.gpu.compiled import Graphs
+from trimkv_edge.gpu.placement import home
 from trimkv_edge.models.gated import GatedModel
 
 
@@ -22,9 +23,9 @@ class DeviceEngine(Engine):
 
     def _open(self, model: GatedModel, compiled: bool) -> None:
         """A batch of one. ``model``: on its device, in its type."""
-        weight = model.base.get_input_embeddings().get_parameter("weight")
+        device, dtype = home(model)
         shape = (self.num_layers, self.num_kv_heads, self.head_dim)
-        cache = BatchedCache(self.config, *shape, dtype=weight.dtype, device=weight.device)
+        cache = BatchedCache(self.config, *shape, dtype=dtype, device=device)
         self._join(Graphs(model.eval(), cache, compiled), 0)
 
     def _join(self, graphs: Graphs, row: int) -> None:
@@ -97,13 +98,5 @@ class CompiledEngine(DeviceEngine):
     def __init__(
         self, model: GatedModel, config: CacheConfig, position_limit: int = POSITION_LIMIT, *, compiled: bool = True
     ) -> None:
-        shape = model.config
-        super().__init__(
-            config,
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=model.head_dim,
-            vocab_size=shape.vocab_size,
-            position_limit=position_limit,
-        )
+        super().__init__(config, position_limit=position_limit, **model.sizes)
         self._open(model, compiled)

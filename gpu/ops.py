@@ -5,6 +5,7 @@ On the CPU they are plain torch, on CUDA the Triton kernels of :mod:`trimkv_edge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -44,40 +45,10 @@ def evict(
         budget: entries M that stay; fewer than ``slots``.
         sinks, recent: first and newest positions that never leave.
     """
-    buffer = log_beta.shape[-1] - budget
-    read = seen.view(1, -1, 1, 1)
-    ring = (read - buffer + torch.arange(buffer, device=seen.device)).expand(*positions.shape[:-1], -1)
-    held = torch.cat([positions, ring], -1)
+    held, read = held_positions(positions, seen, log_beta.shape[-1] - budget), seen.view(1, -1, 1, 1)
     scores = protect(retention_score(log_beta, held, read), held, read, sinks, recent)
-    destination, source = plan_moves(keep_per_head(scores, held, budget), budget)
-    source = torch.where(due.view(1, -1, 1, 1), source, destination)
-    log_beta.scatter_(-1, destination, log_beta.gather(-1, source))
-    positions.copy_(held.scatter(-1, destination, held.gather(-1, source))[..., :budget])
-    for rows in (key, value):
-        to, origin = (slot.unsqueeze(-1).expand(*slot.shape, rows.shape[-1]) for slot in (destination, source))
-        rows.scatter_(-2, to, rows.gather(-2, origin))
-
-
-@evict.register_fake
-def _(
-    key: Tensor,
-    value: Tensor,
-    log_beta: Tensor,
-    positions: Tensor,
-    seen: Tensor,
-    due: Tensor,
-    budget: int,
-    sinks: int,
-    recent: int,
-) -> None:
-    return None
-
-
-@evict.register_kernel("cuda")
-def _(key: Tensor, *arguments: Any) -> None:
-    kernels = load_kernels("evict")
-    with torch.cuda.device(key.device):
-        kernels.evict(key, *arguments)
+    moves = plan_moves(keep_per_head(scores, held, budget), budget)
+    move(key, value, log_beta, positions, held, due, moves)
 
 
 @torch.library.custom_op("trimkv::attend", mutates_args=(), device_types="cpu")
@@ -95,18 +66,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, live: Tensor, scale: float
         ``[batch, T, heads, head_dim]``, dtype of ``query``.
     """
     return _attend_lengths(query, key, value, live.view(-1, 1) + query.shape[2], scale)
-
-
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, live: Tensor, scale: float) -> Tensor:
-    return _result(query)
-
-
-@attend.register_kernel("cuda")
-def _(query: Tensor, *arguments: Any) -> Tensor:
-    kernels = load_kernels("attend")
-    with torch.cuda.device(query.device):
-        return kernels.attend(query, *arguments)
 
 
 @torch.library.custom_op("trimkv::attend_pool", mutates_args=(), device_types="cpu")
@@ -127,18 +86,6 @@ def attend_pool(query: Tensor, key: Tensor, value: Tensor, start: Tensor, length
     return _attend_lengths(query, key[places], value[places], length, scale)
 
 
-@attend_pool.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, start: Tensor, length: Tensor, scale: float) -> Tensor:
-    return _result(query)
-
-
-@attend_pool.register_kernel("cuda")
-def _(query: Tensor, *arguments: Any) -> Tensor:
-    kernels = load_kernels("attend")
-    with torch.cuda.device(query.device):
-        return kernels.attend_pool(query, *arguments)
-
-
 def load_kernels(name: str) -> Any:
     """A module of :mod:`trimkv_edge.gpu.kernels`.
 
@@ -151,9 +98,41 @@ def load_kernels(name: str) -> Any:
         raise TrimKVError(f"running on CUDA needs Triton ({error}): pip install 'trimkv-edge[triton]'") from error
 
 
-def _result(query: Tensor) -> Tensor:
-    batch, heads, count, width = query.shape
-    return query.new_empty(batch, count, heads, width)
+def held_positions(kept: Tensor, seen: Tensor, buffer: int) -> Tensor:
+    """Positions of all slots where an event is due, as :func:`~trimkv_edge.eviction.event_positions` for a batch.
+
+    Args:
+        kept: int64 ``[layers, batch, kv_heads, budget]``; seen: int64 ``[batch]``.
+
+    Returns:
+        int64 ``[layers, batch, kv_heads, budget + buffer]``.
+    """
+    ring = seen.view(1, -1, 1, 1) - buffer + torch.arange(buffer, device=seen.device)
+    return torch.cat([kept, ring.expand(*kept.shape[:-1], -1)], -1)
+
+
+def move(
+    key: Tensor,
+    value: Tensor,
+    log_beta: Tensor,
+    positions: Tensor,
+    held: Tensor,
+    due: Tensor,
+    moves: tuple[Tensor, Tensor],
+) -> None:
+    """Moves entries in the rows of the batch that are due; arguments as for :func:`evict`.
+
+    Args:
+        held: see :func:`held_positions`.
+        moves: destination and source slots, int64 ``[layers, batch, kv_heads, buffer]``.
+    """
+    destination, source = moves
+    source = torch.where(due.view(1, -1, 1, 1), source, destination)
+    log_beta.scatter_(-1, destination, log_beta.gather(-1, source))
+    positions.copy_(held.scatter(-1, destination, held.gather(-1, source))[..., : positions.shape[-1]])
+    for rows in (key, value):
+        to, origin = (slot.unsqueeze(-1).expand(*slot.shape, rows.shape[-1]) for slot in (destination, source))
+        rows.scatter_(-2, to, rows.gather(-2, origin))
 
 
 def _attend_lengths(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:
@@ -170,3 +149,27 @@ def _attend_lengths(query: Tensor, key: Tensor, value: Tensor, length: Tensor, s
         visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], 1)
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
+
+
+def _on_cuda(module: str, name: str) -> Callable[..., Any]:
+    """The kernel ``name`` of a module of :mod:`trimkv_edge.gpu.kernels`, on the device of its first argument."""
+
+    def run(first: Tensor, *arguments: Any) -> Any:
+        kernels = load_kernels(module)
+        with torch.cuda.device(first.device):
+            return getattr(kernels, name)(first, *arguments)
+
+    return run
+
+
+def _attended(query: Tensor, *_: Any) -> Tensor:
+    batch, heads, count, width = query.shape
+    return query.new_empty(batch, count, heads, width)
+
+
+evict.register_fake(lambda *_: None)
+evict.register_kernel("cuda", _on_cuda("evict", "evict"))
+attend.register_fake(_attended)
+attend.register_kernel("cuda", _on_cuda("attend", "attend"))
+attend_pool.register_fake(_attended)
+attend_pool.register_kernel("cuda", _on_cuda("attend", "attend_pool"))

@@ -44,6 +44,12 @@ def moved(
     return copy.deepcopy(model, memo)
 
 
+def home(model: GatedModel) -> tuple[torch.device, torch.dtype]:
+    """The device of a model, and what it computes in."""
+    weight = model.base.get_input_embeddings().get_parameter("weight")
+    return weight.device, weight.dtype
+
+
 def find_device(name: str | None = None) -> torch.device:
     """The device of that name; without one, CUDA if torch can use it, else the CPU.
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 import trimkv_edge.gpu.ops  # noqa: F401  the custom ops
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.gpu.compiled import once
-from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.pool import PooledCache
 
 
@@ -74,7 +70,7 @@ class PooledAttention:
     """
 
     def __init__(self, pool: DevicePool, count: Tensor, length: int) -> None:
-        self._pool, self._steps = pool, length
+        self._pool, self._count = pool, count
         first = length - count.clamp(min=1)
         self._from = torch.maximum(torch.arange(length, device=count.device), first)
         self._ahead = self._from - first
@@ -83,11 +79,13 @@ class PooledAttention:
         """Absolute positions of the chunk, int64 ``[1, T]``; those of padding are of its first own token."""
         return (self._pool.seen + self._ahead).unsqueeze(0)
 
-    def note_positions(self) -> None:
-        """Writes them for all layers and heads."""
+    def advance(self) -> None:
+        """Counts the chunk, which every layer has written, and notes its positions for all layers and heads."""
         pool = self._pool
         slots = pool.start.unsqueeze(-1) + pool.length.unsqueeze(-1) + self._ahead
         pool.positions[slots] = (pool.seen + self._ahead).expand_as(slots)
+        pool.length += self._count
+        pool.seen += self._count
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
         """Stores the chunk's log-betas, float32 ``[1, T, kv_heads]``."""
@@ -109,41 +107,3 @@ class PooledAttention:
         """``[kv_heads, T]``."""
         pool = self._pool
         return (pool.start[layer] + pool.length[layer]).unsqueeze(1) + self._ahead
-
-
-class PooledGraphs:
-    """A model over a pool, as :class:`~trimkv_edge.gpu.compiled.Graphs` over a batched cache; events run by themselves.
-
-    Attributes:
-        token, chunk, count, logits, decode, prefill: as there, with a batch of 1.
-    """
-
-    def __init__(self, model: GatedModel, pool: DevicePool, compiled: bool = True) -> None:
-        device, longest = pool.seen.device, pool.cache.config.prefill_chunk
-        self.model, self.pool, self.compiled = model, pool, compiled
-        shapes = ((1, 1), (1, longest), (1,))
-        self.token, self.chunk, self.count = (torch.zeros(s, dtype=torch.int64, device=device) for s in shapes)
-        self.logits = torch.zeros(1, model.config.vocab_size, device=device)
-        for tensor in (self.token, self.chunk, self.count, self.logits):
-            torch._dynamo.mark_static_address(tensor)
-
-        def step(tokens: Tensor, count: Tensor, logits: Tensor) -> None:
-            attention = PooledAttention(pool, count, tokens.shape[1])
-            newest = model(tokens, attention.positions(), attention)[:, -1]
-            logits.copy_(torch.where(count.unsqueeze(1) > 0, newest.float(), logits))
-            attention.note_positions()
-            pool.length += count
-            pool.seen += count
-
-        token = once(step, compiled, pool.seen.is_cuda)
-        chunk = token if longest == 1 else once(step, compiled, False)
-        self.decode: Callable[[], None] = lambda: token(self.token, self.count, self.logits)
-        self.prefill: Callable[[], None] = lambda: chunk(self.chunk, self.count, self.logits)
-
-    def warm_up(self) -> None:
-        """Compiles both graphs now, and records CUDA graphs. The stream stays as it is; its ring has a free slot."""
-        self.count.zero_()
-        for _ in range(3 if self.count.is_cuda else 1):
-            self.decode()
-        if self.pool.cache.config.prefill_chunk > 1:
-            self.prefill()

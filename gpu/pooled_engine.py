@@ -8,7 +8,9 @@ from torch import Tensor
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
-from trimkv_edge.gpu.pool import DevicePool, PooledGraphs
+from trimkv_edge.gpu.compiled import Steps
+from trimkv_edge.gpu.placement import home
+from trimkv_edge.gpu.pool import DevicePool, PooledAttention
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.pooled_engine import PooledEngine
 
@@ -20,10 +22,16 @@ class DevicePooledEngine(PooledEngine):
 
     def _open(self, model: GatedModel, compiled: bool) -> None:
         """``model``: on its device, in its type."""
-        weight = model.base.get_input_embeddings().get_parameter("weight")
+        device, dtype = home(model)
         shape = (self.num_layers, self.num_kv_heads, self.head_dim)
-        self.pool = DevicePool(self.config, *shape, dtype=weight.dtype, device=weight.device)
-        self.graphs = PooledGraphs(model.eval(), self.pool, compiled)
+        self.pool = pool = DevicePool(self.config, *shape, dtype=dtype, device=device)
+        self.graphs = Steps(
+            model.eval(),
+            lambda count, length: PooledAttention(pool, count, length),
+            1,
+            self.config.prefill_chunk,
+            compiled,
+        )
         self._at: tuple[int, int] | None = (0, 0)
 
     def warm_up(self) -> None:
@@ -101,13 +109,5 @@ class CompiledPooledEngine(DevicePooledEngine):
     def __init__(
         self, model: GatedModel, config: CacheConfig, position_limit: int = POSITION_LIMIT, *, compiled: bool = True
     ) -> None:
-        shape = model.config
-        super().__init__(
-            config,
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=model.head_dim,
-            vocab_size=shape.vocab_size,
-            position_limit=position_limit,
-        )
+        super().__init__(config, position_limit=position_limit, **model.sizes)
         self._open(model, compiled)

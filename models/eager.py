@@ -31,15 +31,7 @@ class TorchEngine(Engine):
         position_limit: int = POSITION_LIMIT,
         scales: KVScales | None = None,
     ) -> None:
-        shape = model.config
-        super().__init__(
-            config,
-            num_layers=shape.num_hidden_layers,
-            num_kv_heads=shape.num_key_value_heads,
-            head_dim=model.head_dim,
-            vocab_size=shape.vocab_size,
-            position_limit=position_limit,
-        )
+        super().__init__(config, position_limit=position_limit, **model.sizes)
         self.model = model.eval()
         self.cache = new_cache(config, self.num_layers, self.num_kv_heads, self.head_dim, scales=scales)
 

@@ -59,6 +59,16 @@ class GatedModel(nn.Module):
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What an :class:`~trimkv_edge.engine.Engine` wants to know, by the names of its arguments."""
+        return {
+            "num_layers": self.config.num_hidden_layers,
+            "num_kv_heads": self.config.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.config.vocab_size,
+        }
+
+    @property
     def gates(self) -> list[nn.Module]:
         return [layer.self_attn.retention_gate for layer in text_decoder(self.base).layers]
 
