@@ -47,17 +47,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     run_cli(gpu_decode.run)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_cuda_it_refuses_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "--output", str(tmp_path / "result.json"))
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: this measures a CUDA device")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_smoke_runs_and_stores_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from factories import gated_model, random_tokens
+from failing_step import decode_and_fail
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
@@ -131,16 +132,7 @@ def test_what_dead_slots_hold_does_not_matter() -> None:
 def test_a_step_that_failed_is_repeated_as_if_nothing_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, reference = plain(), eager()
     same_course(engine, reference, events=4)
-    decode = engine.graphs.decode
-
-    def fails() -> None:
-        decode()
-        raise RuntimeError("after the step")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.graphs, "decode", fails)
-        with pytest.raises(RuntimeError, match="after the step"):
-            engine.decode(5)
+    decode_and_fail(engine, monkeypatch)
     same_course(engine, reference, events=3)
 
 
