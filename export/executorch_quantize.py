@@ -273,7 +273,7 @@ def reference_model(model: GatedModel, weights: Weights, scheme: Scheme) -> Gate
     """
     from trimkv_edge.export.reference import ReferenceWeights
 
-    made = ReferenceWeights(model, weights, scheme, round_trip).fill(model)
+    made = ReferenceWeights(model, weights, scheme, lambda weight, bits, _: round_trip(weight, bits)).fill(model)
     bits = module_bits(made, scheme)
     for module in made.modules():
         if isinstance(module, nn.Linear) and bits[id(module)] == 4:

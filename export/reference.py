@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, parameter_slots
 
 Module = TypeVar("Module", bound=nn.Module)
-# A weight and its bits -> what it is after rounding; 16 bits may be of any tensor, fewer of a matrix.
-Rounding = Callable[[Tensor, int], Tensor]
+# A weight, its bits, its scales' bits -> what it is after rounding; 16 bits may be of any tensor, fewer of a matrix.
+Rounding = Callable[[Tensor, int, int], Tensor]
 
 
 class ReferenceWeights:
@@ -32,12 +31,7 @@ class ReferenceWeights:
     def __init__(self, model: GatedModel, weights: Weights, scheme: Scheme, rounding: Rounding) -> None:
         self.model = model
         self._weights, self._rounding = weights, rounding
-        if scheme.float_bits == 16 > scheme.weight_bits:
-            from trimkv_edge.export.onnx_weights import round_trip
-
-            # Only its blocks have float16 scales.
-            self._rounding = partial(round_trip, half=True)
-        self._rest = scheme.float_bits
+        self._floats = scheme.float_bits
         self._names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
         self._bits = module_bits(model, scheme)
 
@@ -48,13 +42,13 @@ class ReferenceWeights:
         for module in part.modules():
             bits = self._bits.get(id(module), 32)
             for own, parameter in module.named_parameters(recurse=False):
-                kept = parameter_bits(bits, own, self._rest)
+                kept = parameter_bits(bits, own, self._floats)
                 if kept < 32:
                     # Per module: an output layer may be tied to an embedding of other bits.
                     if id(module) not in rounded:
                         rounded[id(module)] = copy.copy(module)
                         rounded[id(module)]._parameters = dict(module._parameters)
-                    value = self._rounding(self._value(parameter), kept)
+                    value = self._rounding(self._value(parameter), kept, self._floats)
                     rounded[id(module)]._parameters[own] = nn.Parameter(value, requires_grad=False)
                 elif id(parameter) not in plain:
                     plain[id(parameter)] = nn.Parameter(self._value(parameter), requires_grad=False)
@@ -67,6 +61,6 @@ class ReferenceWeights:
         return self._weights(self._names[id(parameter)])
 
 
-def exact(weight: Tensor, bits: int) -> Tensor:
+def exact(weight: Tensor, bits: int, float_bits: int) -> Tensor:
     """Rounding of schemes that have none."""
     return weight

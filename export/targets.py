@@ -109,7 +109,7 @@ def _executorch(job: Job) -> Target:
     )
 
 
-def _executorch_rounding(weight: Tensor, bits: int) -> Tensor:
+def _executorch_rounding(weight: Tensor, bits: int, float_bits: int) -> Tensor:
     from trimkv_edge.export.executorch_quantize import round_trip
 
     return round_trip(weight, bits)
@@ -137,10 +137,10 @@ def _onnx(job: Job) -> Target:
     )
 
 
-def _onnx_rounding(weight: Tensor, bits: int) -> Tensor:
+def _onnx_rounding(weight: Tensor, bits: int, float_bits: int) -> Tensor:
     from trimkv_edge.export.onnx_weights import round_trip
 
-    return round_trip(weight, bits)
+    return round_trip(weight, bits, half=float_bits == 16)
 
 
 def _onnx_float(folder: Path, target: Target, scratch: Path) -> Target:
@@ -169,7 +169,7 @@ def _torch(job: Job) -> Target:
     return export_torch(job.model, job.folder, scheme=job.scheme, weights=job.weights, progress=job.progress)
 
 
-def _torch_rounding(weight: Tensor, bits: int) -> Tensor:
+def _torch_rounding(weight: Tensor, bits: int, float_bits: int) -> Tensor:
     from trimkv_edge.export.torch_weights import round_trip
 
     return round_trip(weight, bits)

@@ -23,6 +23,7 @@ from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import stored_bytes
 from trimkv_edge.export.reference import ReferenceWeights, exact
+from trimkv_edge.export.targets import TARGETS
 from trimkv_edge.export.verify import compare, stream_plan
 from trimkv_edge.manifest import load_manifest
 from trimkv_edge.models.eager import EagerEngine
@@ -70,7 +71,9 @@ def test_all_floats_that_count_are_halves() -> None:
 def test_the_reference_has_the_numbers_of_the_file() -> None:
     made = cuda_artefact("int4")
     graph, values = graph_of(made.folder)
-    model = ReferenceWeights(made.model, model_weights(made.model), SCHEMES[NAME], exact).fill(made.model)
+    model = ReferenceWeights(made.model, model_weights(made.model), SCHEMES[NAME], TARGETS["onnx"].rounding).fill(
+        made.model
+    )
     checked = 0
     for node in graph.node:
         if node.op_type != "MatMulNBits":
@@ -85,7 +88,8 @@ def test_the_reference_has_the_numbers_of_the_file() -> None:
 
 
 def eager(model: GatedModel, scheme: str) -> EagerEngine:
-    filled = ReferenceWeights(model, model_weights(model), SCHEMES[scheme], exact).fill(model)
+    rounding = TARGETS["onnx"].rounding if scheme == NAME else exact
+    filled = ReferenceWeights(model, model_weights(model), SCHEMES[scheme], rounding).fill(model)
     return EagerEngine(filled, CASES["int4"][2])
 
 
