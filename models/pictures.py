@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,61 +11,7 @@ from trimkv_edge.errors import ModelError
 from trimkv_edge.models.attention import BACKEND_KEYWORD, AttentionBackend
 from trimkv_edge.models.family import text_decoder
 from trimkv_edge.models.gated import GatedModel
-
-IMAGE, VIDEO = "image", "video"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What the decoder reads in place of the placeholders of one image, or of one frame group of a video.
-
-    Attributes:
-        kind: ``image`` or ``video``, which have placeholders of their own.
-        height, width: in rows; a row is a square of merged patches.
-        embeddings: float32 ``[height * width, hidden_size]``, line by line.
-        deepstack: float32 ``[features, height * width, hidden_size]``; feature n is added after decoder layer n.
-    """
-
-    kind: str
-    height: int
-    width: int
-    embeddings: Tensor
-    deepstack: Tensor
-
-    def __post_init__(self) -> None:
-        rows = self.height * self.width
-        if self.kind not in (IMAGE, VIDEO) or min(self.height, self.width) < 1:
-            raise ModelError(
-                f"picture of kind {self.kind!r} with {self.height} x {self.width} rows: give {IMAGE!r} or {VIDEO!r} "
-                "and at least one row"
-            )
-        if self.embeddings.shape[:-1] != (rows,) or self.deepstack.shape[1:] != self.embeddings.shape:
-            raise ModelError(
-                f"picture of {self.height} x {self.width} rows has embeddings {tuple(self.embeddings.shape)} and "
-                f"DeepStack features {tuple(self.deepstack.shape)}, but needs {rows} rows in each"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Tokens of the stream that it takes."""
-        return self.height * self.width
-
-
-@dataclass(frozen=True)
-class ChunkRows:
-    """What a chunk of a mixed stream has beside its token ids; T tokens, V of them picture rows.
-
-    Attributes:
-        positions: int64 ``[3, T]``, M-RoPE positions: time, height, width.
-        visual: bool ``[T]``, which tokens are picture rows.
-        embeddings: ``[V, hidden_size]``.
-        deepstack: ``[features, V, hidden_size]``.
-    """
-
-    positions: Tensor
-    visual: Tensor
-    embeddings: Tensor
-    deepstack: Tensor
+from trimkv_edge.pictures import IMAGE, VIDEO, ChunkRows, Picture
 
 
 class GatedVisionModel(GatedModel):
@@ -111,7 +56,8 @@ class GatedVisionModel(GatedModel):
             for frame in range(frames):
                 rows = slice(frame * height * width, (frame + 1) * height * width)
                 # Copies: a view would keep the rows of all the others.
-                yield Picture(kind, height, width, out.pooler_output[number][rows].clone(), deepstack[:, rows].clone())
+                made = (out.pooler_output[number][rows], deepstack[:, rows])
+                yield Picture(kind, height, width, *(tensor.float().numpy(force=True).copy() for tensor in made))
 
     def _check(self, kind: str, pixel_values: Tensor, grid_thw: Tensor) -> None:
         config = self.base.config.vision_config
@@ -144,14 +90,15 @@ class GatedVisionModel(GatedModel):
             logits ``[1, 1 or T, vocab_size]``.
         """
         decoder = text_decoder(self.base)
-        visual = rows.visual[None]
-        hidden = decoder.embed_tokens(input_ids).masked_scatter(visual[..., None], rows.embeddings)
+        positions, visual, embeddings, deepstack = map(torch.from_numpy, rows)
+        visual = visual[None]
+        hidden = decoder.embed_tokens(input_ids).masked_scatter(visual[..., None], embeddings)
         out = decoder(
             inputs_embeds=hidden,
-            position_ids=rows.positions[:, None],
+            position_ids=positions[:, None],
             use_cache=False,
             visual_pos_masks=visual,
-            deepstack_visual_embeds=list(rows.deepstack),
+            deepstack_visual_embeds=list(deepstack),
             **{BACKEND_KEYWORD: backend},
         ).last_hidden_state
         logits: Tensor = self.base.lm_head(out[:, -1:] if last_only else out)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from trimkv_edge.engine import CacheState, Engine, FloatArray
+from trimkv_edge.engine import CacheState, Cursor, Engine, FloatArray
 from trimkv_edge.errors import ConfigError, SessionError
 from trimkv_edge.runtime.sampling import SamplerState
 
@@ -26,6 +26,7 @@ class Place:
         logits: float32 ``[vocab_size]`` after the last token that was read; None at the start.
         seen_tokens: uint8 ``[ceil(vocab_size / 8)]``, one bit for each token of the vocabulary: read or not.
         sampler: of the newest generation; None before the first.
+        cursor: of an engine that reads pictures.
     """
 
     seen: int
@@ -34,6 +35,7 @@ class Place:
     logits: FloatArray | None
     seen_tokens: ByteArray
     sampler: SamplerState | None
+    cursor: Cursor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +43,8 @@ class Place:
 
 
 def earlier(state: CacheState, seen: int) -> CacheState:
-    """``state`` as it was when ``seen`` tokens had been read, with no event in between: without its newest entries."""
+    """``state`` as it was when ``seen`` tokens had been read, with no event in between: without its newest entries, and
+    without a cursor if there were any."""
     drop = state.seen - seen
     if drop == 0:
         return state
@@ -117,7 +120,8 @@ class Checkpoints:
                 "before was evicted: go back less far, start a new stream, or open the session with more checkpoints"
             )
         place, copy = self._places[-turns]
-        return place, earlier(engine.state() if copy is None else copy, place.seen)
+        state = earlier(engine.state() if copy is None else copy, place.seen)
+        return place, replace(state, cursor=place.cursor)
 
     def drop(self, turns: int) -> None:
         """Forgets the newest ``turns`` places."""

@@ -255,6 +255,7 @@ class Session:
             self._logits,
             np.packbits(self._seen_tokens),
             None if self._sampler is None else self._sampler.state,
+            self.engine.cursor,
         )
 
     def _go_to(self, place: Place, state: CacheState) -> None:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.engine import CacheState, IntArray
+from trimkv_edge.engine import CacheState, Cursor, IntArray
 from trimkv_edge.errors import SessionError, TrimKVError, reason
 from trimkv_edge.files import replace_durably
 from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
@@ -99,6 +99,7 @@ class Header:
     pending: int | None
     newest: tuple[int, ...]
     sampler: SamplerState | None
+    cursor: Cursor | None = None
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,11 @@ def read_session(path: str | os.PathLike[str], origin: Origin) -> Record:
 
 def _header_text(record: Record, origin: Origin) -> str:
     place, state = record.place, record.state
-    header = Header(VERSION, origin, state.seen, state.fill, place.pending, place.newest, place.sampler)
-    return json.dumps(asdict(header))
+    header = Header(VERSION, origin, state.seen, state.fill, place.pending, place.newest, place.sampler, place.cursor)
+    fields = asdict(header)
+    if header.cursor is None:  # versions without pictures refuse what they do not know
+        del fields["cursor"]
+    return json.dumps(fields)
 
 
 def _tensors(record: Record, origin: Origin) -> dict[str, npt.NDArray[Any]]:
@@ -315,13 +319,26 @@ def _record(header: Header, tensors: dict[str, npt.NDArray[Any]]) -> Record:
     if "key_scale" in names:
         key, value = from_int8(key, tensors["key_scale"]), from_int8(value, tensors["value_scale"])
     state = CacheState(
-        header.seen, key, value, log_beta, positions, None if header.fill is None else lengths, header.fill
+        header.seen,
+        key,
+        value,
+        log_beta,
+        positions,
+        None if header.fill is None else lengths,
+        header.fill,
+        header.cursor,
     )
     tokens = tensors.get("tokens")
     if tokens is not None and tokens.shape != (header.seen,):
         raise ValueError(f"it notes {tokens.size} tokens of {header.seen}")
     place = Place(
-        header.seen, header.pending, header.newest, tensors.get("logits"), tensors["seen_tokens"], header.sampler
+        header.seen,
+        header.pending,
+        header.newest,
+        tensors.get("logits"),
+        tensors["seen_tokens"],
+        header.sampler,
+        header.cursor,
     )
     return Record(place, state, None if tokens is None else tokens.astype(np.int64))
 

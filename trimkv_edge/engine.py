@@ -16,6 +16,21 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """How far a stream with pictures was read.
+
+    Attributes:
+        position: M-RoPE position of the next text token; inside a picture, of its corner.
+        row: rows of the present picture that were read, 0 outside pictures.
+        ended: kind of the picture that the stream ends with, empty if it ends with text.
+    """
+
+    position: int = 0
+    row: int = 0
+    ended: str = ""
+
+
+@dataclass(frozen=True)
 class CacheState:
     """Live entries of a cache, in slot order; the same in every engine.
 
@@ -27,6 +42,7 @@ class CacheState:
         lengths: int64 ``[layers, kv_heads]``, live entries of each head, the rest being padding (position -1); None:
             all are live.
         fill: tokens since the last event, where heads share a budget.
+        cursor: where the stream stands, of engines that read pictures.
     """
 
     seen: int
@@ -36,6 +52,7 @@ class CacheState:
     positions: IntArray
     lengths: IntArray | None = None
     fill: int | None = None
+    cursor: Cursor | None = None
 
     def __post_init__(self) -> None:
         rows = self.key.shape[:3]
@@ -65,9 +82,13 @@ class Engine(ABC):
         config: the cache's settings.
         num_layers, num_kv_heads, head_dim, vocab_size: shape of the model.
         position_limit: first position that is refused.
+
+    Attributes:
+        cursor: where a stream with pictures stands; None: the engine reads text only.
     """
 
     name: str = "engine"
+    cursor: Cursor | None = None
 
     def __init__(
         self,
@@ -167,6 +188,7 @@ class Engine(ABC):
             value[:, :, :live].copy(),
             log_beta[:, :, :live].copy(),
             self.survivors().copy(),
+            cursor=self.cursor,
         )
 
     def load_state(self, state: CacheState) -> None:

@@ -67,7 +67,7 @@ class PooledEngine(Engine):
         key, value, log_beta = (table[:, :, : dead.shape[-1]].copy() for table in self._read())
         for table in (key, value, log_beta):
             table[dead] = 0
-        return CacheState(self.seen, key, value, log_beta, self.survivors(), lengths, self.live)
+        return CacheState(self.seen, key, value, log_beta, self.survivors(), lengths, self.live, self.cursor)
 
     def load_state(self, state: CacheState) -> None:
         """Continues from ``state``, which any engine of the same model and settings may have made.

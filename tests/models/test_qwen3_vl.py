@@ -6,16 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from factories import gated_vision_model, vision_base
 from vision_streams import Mixed, VisionOracle, plain_logits
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import StateError
 from trimkv_edge.models.eager import EagerEngine
-from trimkv_edge.models.vision_engine import EagerPooledVisionEngine, EagerVisionEngine, vision_engine
+from trimkv_edge.models.vision_engine import (
+    EagerPooledVisionEngine,
+    EagerVisionEngine,
+    VisionEngine,
+    vision_engine,
+)
 
 ROOMY = CacheConfig(budget=160, buffer=32, prefill_chunk=32)
+SMALL = CacheConfig(budget=12, buffer=8, prefill_chunk=8)
 STREAMS = {
     "text": Mixed().text(40),
     "one image": Mixed(1).text(5).image(6, 4).text(9),
@@ -70,9 +75,9 @@ def test_the_parity_depends_on_pictures_positions_and_deepstack() -> None:
     want = plain_logits(vision_base(), stream)[-1]
     (picture,) = stream.pictures(model)
     changed = {
-        "embeddings": replace(picture, embeddings=torch.zeros_like(picture.embeddings)),
-        "first feature": replace(picture, deepstack=picture.deepstack * torch.tensor([0.0, 1.0])[:, None, None]),
-        "last feature": replace(picture, deepstack=picture.deepstack * torch.tensor([1.0, 0.0])[:, None, None]),
+        "embeddings": replace(picture, embeddings=np.zeros_like(picture.embeddings)),
+        "first feature": replace(picture, deepstack=picture.deepstack * np.array([0, 1], np.float32)[:, None, None]),
+        "last feature": replace(picture, deepstack=picture.deepstack * np.array([1, 0], np.float32)[:, None, None]),
         "sides": replace(picture, height=picture.width, width=picture.height),
     }
     for change, other in changed.items():
@@ -144,11 +149,42 @@ def test_a_failed_chunk_leaves_the_engine_as_it_was() -> None:
     np.testing.assert_array_equal(engine.prefill(stream.tokens[8:]), plain.prefill(stream.tokens[8:]))
 
 
-def test_a_saved_state_is_refused() -> None:
-    engine = vision_engine(gated_vision_model(), ROOMY)
-    engine.prefill([5, 6])
-    with pytest.raises(StateError, match="where a stream with pictures stands"):
-        engine.load_state(engine.state())
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, policy="global")], ids=["trimkv", "global"])
+def test_a_saved_state_goes_on_behind_a_picture(config: CacheConfig) -> None:
+    stream, model = STREAMS["conversation"], gated_vision_model()
+    pictures = stream.pictures(model)
+    one, other = (vision_engine(model, config) for _ in range(2))
+    one.show(pictures)
+    step = len(stream.tokens) - 10  # in the text behind the last picture
+    read(one, stream.tokens[:step])
+    other.show(pictures[:1])
+    other.load_state(one.state())
+    assert not other.waiting
+    np.testing.assert_array_equal(read(other, stream.tokens[step:]), read(one, stream.tokens[step:]))
+
+
+def read(engine: VisionEngine, tokens: list[int]) -> np.ndarray:
+    logits = np.zeros(0)
+    for token in tokens:
+        logits = engine.decode(token)
+        if not engine.room:
+            engine.evict()
+    return logits
+
+
+def test_a_state_inside_a_picture_goes_on_only_where_its_rows_are() -> None:
+    stream, model = STREAMS["one image"], gated_vision_model()
+    one, other = (vision_engine(model, ROOMY) for _ in range(2))
+    for engine in (one, other):
+        engine.show(stream.pictures(model))
+        engine.prefill(stream.tokens[:8])
+    other.reset()
+    state = one.state()
+    with pytest.raises(StateError, match="ends inside a picture, after 2 of its rows"):
+        other.load_state(state)
+    one.load_state(state)
+    assert len(one.waiting) == 1
+    one.prefill(stream.tokens[8:])
 
 
 def test_rows_of_another_model_are_refused() -> None:

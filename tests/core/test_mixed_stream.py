@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from factories import IMAGE_TOKEN, VIDEO_TOKEN, vision_base
 from vision_streams import Mixed
 
+from trimkv_edge.engine import Cursor
 from trimkv_edge.errors import ModelError, StateError
-from trimkv_edge.models.mixed_stream import Cursor, place
-from trimkv_edge.models.pictures import Picture
+from trimkv_edge.mixed_stream import place
+from trimkv_edge.pictures import Picture
 
 KINDS = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
 
 
 def picture(kind: str, height: int, width: int) -> Picture:
-    rows = torch.arange(height * width, dtype=torch.float32)[:, None]
-    return Picture(kind, height, width, rows, torch.stack([rows + 100, rows + 200]))
+    rows = np.arange(height * width, dtype=np.float32)[:, None]
+    return Picture(kind, height, width, rows, np.stack([rows + 100, rows + 200]))
 
 
 def shown(stream: Mixed) -> list[Picture]:
@@ -55,7 +55,7 @@ def test_positions_equal_transformers_for_any_cut(seed: int) -> None:
         embeddings = placed.rows.embeddings.flatten().tolist()
         assert placed.rows.deepstack.flatten().tolist() == [n + m for m in (100, 200) for n in embeddings]
         rows += embeddings
-    torch.testing.assert_close(torch.cat(found, 1), want[:, 0], rtol=0, atol=0)
+    np.testing.assert_array_equal(np.concatenate(found, 1), want[:, 0].numpy())
     assert cursor.position == len(stream.tokens) + int(delta)
     assert rows == [n for each in shown(stream) for n in range(each.rows)]
     assert not waiting
@@ -111,10 +111,10 @@ def place_singly(tokens: list[int], waiting: list[Picture]) -> None:
         (dict(kind="audio"), "kind 'audio'"),
         (dict(height=0), "0 x 3 rows"),
         (dict(width=2), "needs 4 rows"),
-        (dict(deepstack=torch.zeros(2, 5, 1)), r"DeepStack features \(2, 5, 1\)"),
+        (dict(deepstack=np.zeros((2, 5, 1))), r"DeepStack features \(2, 5, 1\)"),
     ],
 )
 def test_a_picture_checks_itself(change: dict, message: str) -> None:
-    fields = dict(kind="image", height=2, width=3, embeddings=torch.zeros(6, 1), deepstack=torch.zeros(2, 6, 1))
+    fields = dict(kind="image", height=2, width=3, embeddings=np.zeros((6, 1)), deepstack=np.zeros((2, 6, 1)))
     with pytest.raises(ModelError, match=message):
         Picture(**{**fields, **change})

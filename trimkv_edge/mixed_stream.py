@@ -9,27 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from trimkv_edge.engine import IntArray
+from trimkv_edge.engine import Cursor, FloatArray, IntArray
 from trimkv_edge.errors import StateError
-from trimkv_edge.models.pictures import ChunkRows, Picture
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """How far a mixed stream was read.
-
-    Attributes:
-        position: M-RoPE position of the next text token; inside a picture, of its corner.
-        row: rows of the present picture that were read, 0 outside pictures.
-        ended: kind of the picture that the stream ends with, empty if it ends with text.
-    """
-
-    position: int = 0
-    row: int = 0
-    ended: str = ""
+from trimkv_edge.pictures import ChunkRows, Picture
 
 
 @dataclass(frozen=True)
@@ -66,10 +50,8 @@ def place(ids: IntArray, cursor: Cursor, pictures: Sequence[Picture], placeholde
         if kind:
             picture = _present(kind, cursor, pictures[finished:])
             count = min(run, picture.rows - cursor.row)
-            row = torch.arange(cursor.row, cursor.row + count)
-            positions.append(
-                torch.stack([torch.zeros_like(row), row // picture.width, row % picture.width]) + cursor.position
-            )
+            row = np.arange(cursor.row, cursor.row + count, dtype=np.int64)
+            positions.append(np.stack([0 * row, row // picture.width, row % picture.width]) + cursor.position)
             shown.append((picture.embeddings[row], picture.deepstack[:, row]))
             cursor = replace(cursor, row=cursor.row + count)
             if cursor.row == picture.rows:
@@ -77,11 +59,12 @@ def place(ids: IntArray, cursor: Cursor, pictures: Sequence[Picture], placeholde
                 finished += 1
         else:
             count = run
-            positions.append(torch.arange(cursor.position, cursor.position + count).expand(3, -1))
+            text = np.arange(cursor.position, cursor.position + count, dtype=np.int64)
+            positions.append(np.broadcast_to(text, (3, count)))
             cursor = Cursor(cursor.position + count)
         start += count
     embeddings, deepstack = _joined(shown)
-    rows = ChunkRows(torch.cat(positions, 1), torch.tensor([bool(kind) for kind in kinds]), embeddings, deepstack)
+    rows = ChunkRows(np.concatenate(positions, 1), np.array([bool(kind) for kind in kinds]), embeddings, deepstack)
     return Placed(rows, cursor, finished)
 
 
@@ -103,7 +86,7 @@ def _a(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
-def _joined(shown: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(shown: list[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray, FloatArray]:
     if not shown:
-        return torch.empty(0), torch.empty(0)
-    return torch.cat([rows for rows, _ in shown]), torch.cat([rows for _, rows in shown], 1)
+        return np.empty(0, np.float32), np.empty(0, np.float32)
+    return np.concatenate([rows for rows, _ in shown]), np.concatenate([rows for _, rows in shown], 1)
