@@ -103,3 +103,25 @@ class GatedVisionModel(GatedModel):
         ).last_hidden_state
         logits: Tensor = self.base.lm_head(out[:, -1:] if last_only else out)
         return logits
+
+    def decode_rows(self, embeddings: Tensor, positions: Tensor, deepstack: Tensor, backend: AttentionBackend) -> Tensor:
+        """:meth:`read` for tracing: without masks, since a text token is a row with DeepStack features of 0.
+
+        Args:
+            embeddings: float32 ``[1, T, hidden_size]``.
+            positions: int64 ``[3, T]``, M-RoPE positions.
+            deepstack: float32 ``[features, T, hidden_size]``.
+            backend: takes each layer's entries and attends.
+
+        Returns:
+            logits ``[1, 1, vocab_size]`` of the last token.
+        """
+        decoder = text_decoder(self.base)
+        angles = decoder.rotary_emb(embeddings, positions[:, None])
+        hidden = embeddings
+        for number, layer in enumerate(decoder.layers):
+            hidden = layer(hidden, position_embeddings=angles, attention_mask=None, **{BACKEND_KEYWORD: backend})
+            if number < deepstack.shape[0]:
+                hidden = hidden + deepstack[number]
+        logits: Tensor = self.base.lm_head(decoder.norm(hidden[:, -1:]))
+        return logits

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
-from trimkv_edge.errors import ArtefactError, TrimKVError
+from trimkv_edge.errors import ArtefactError, ConfigError, TrimKVError
 from trimkv_edge.files import replace_text
 
 SCHEMA_VERSION = 1
@@ -70,6 +70,56 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True)
+class VisionInfo:
+    """How pictures enter a stream.
+
+    Attributes:
+        image_token_id, video_token_id: placeholders, one for each row of a picture.
+        start_token_id, end_token_id: what stands around the placeholders of one picture.
+        features: DeepStack features of a picture.
+        sizes: (patches down, patches across) that the encoder was exported for.
+        patch_size: side of a patch in pixels; merge_size: patches a side of a row; temporal_patch_size: frames in a
+            patch.
+        mean, std: of the red, green and blue values in [0, 1], which are shifted and divided by them.
+    """
+
+    __pydantic_config__ = _STRICT
+    image_token_id: int
+    video_token_id: int
+    start_token_id: int
+    end_token_id: int
+    features: int
+    sizes: tuple[tuple[int, int], ...]
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        least = ("patch_size", "merge_size", "temporal_patch_size")
+        wrong = next((name for name in least if getattr(self, name) < 1), None)
+        if wrong or self.features < 0:
+            wrong = wrong or "features"
+            raise ConfigError(f"{wrong} of a vision encoder is {getattr(self, wrong)}, which no model has")
+        if not self.sizes or any(side < 1 or side % self.merge_size for size in self.sizes for side in size):
+            raise ConfigError(
+                f"picture sizes {self.sizes} in patches: give at least one, sides being multiples of {self.merge_size}"
+            )
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ConfigError(f"picture sizes {self.sizes} in patches: one is given twice")
+
+    def rows(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows down and across of a picture of so many patches."""
+        return size[0] // self.merge_size, size[1] // self.merge_size
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of one patch: 3 channels of all its frames."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
 class ByteInfo:
     """Exact cache and weight bytes, estimated peak bytes of a process that runs the artefact."""
 
@@ -102,7 +152,7 @@ class Target:
 @dataclass(frozen=True)
 class Manifest:
     """Everything a runtime has to know before it loads an artefact. ``embedding_bits``: as asked for; None: the
-    scheme's."""
+    scheme's. ``vision``: of models that read pictures."""
 
     __pydantic_config__ = _STRICT
     schema_version: int
@@ -118,6 +168,7 @@ class Manifest:
     files: dict[str, FileInfo]
     tools: dict[str, str]
     embedding_bits: int | None = None
+    vision: VisionInfo | None = None
 
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json`` atomically."""

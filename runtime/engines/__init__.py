@@ -20,11 +20,14 @@ from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 class EngineEntry(NamedTuple):
     """``module:Class`` of an engine, and of its form for budgets that heads share, and the packages it needs; the extra
-    that installs them has the engine's name."""
+    that installs them has the engine's name. ``vision_path`` and ``pooled_vision_path`` read pictures too; empty: the
+    engine runs text models only."""
 
     path: str
     pooled_path: str
     packages: tuple[str, ...]
+    vision_path: str = ""
+    pooled_vision_path: str = ""
 
 
 ENGINES = {
@@ -32,11 +35,15 @@ ENGINES = {
         "trimkv_edge.runtime.engines.onnx:OnnxEngine",
         "trimkv_edge.runtime.engines.onnx_pooled:OnnxPooledEngine",
         ("onnxruntime",),
+        "trimkv_edge.runtime.engines.onnx_vision:OnnxVisionEngine",
+        "trimkv_edge.runtime.engines.onnx_vision:OnnxPooledVisionEngine",
     ),
     "executorch": EngineEntry(
         "trimkv_edge.runtime.engines.executorch:ExecuTorchEngine",
         "trimkv_edge.runtime.engines.executorch_pooled:ExecuTorchPooledEngine",
         ("executorch", "torch"),
+        "trimkv_edge.runtime.engines.executorch_vision:ExecuTorchVisionEngine",
+        "trimkv_edge.runtime.engines.executorch_vision:ExecuTorchPooledVisionEngine",
     ),
     "torch": EngineEntry(
         "trimkv_edge.gpu.artefact:TorchArtefactEngine",
@@ -181,14 +188,26 @@ def load_engine(
 def _open(artefact: Artefact, name: str, threads: int | None, profile: bool) -> ArtefactEngine:
     manifest = artefact.manifest
     target = engines_of(manifest)[VARIANTS[name].engine if name in VARIANTS else name]
-    kind = engine_class(name, manifest.cache)
+    kind = engine_class(name, manifest.cache, vision=manifest.vision is not None)
     return kind(artefact.folder, manifest, target, threads, profile=profile)
 
 
-def engine_class(name: str, config: CacheConfig) -> type[ArtefactEngine]:
+def engine_class(name: str, config: CacheConfig, *, vision: bool = False) -> type[ArtefactEngine]:
     """The class of an engine in ``ENGINES`` or ``VARIANTS`` that runs such a cache; its own libraries are imported when
-    it is constructed."""
+    it is constructed.
+
+    Args:
+        vision: of a model that reads pictures.
+
+    Raises:
+        ConfigError: the engine runs text models only.
+    """
     entry = _entry(name)
-    module, _, attribute = (entry.path if config.caps is None else entry.pooled_path).partition(":")
+    paths = (entry.vision_path, entry.pooled_vision_path) if vision else (entry.path, entry.pooled_path)
+    path = paths[config.caps is not None]
+    if not path:
+        able = ", ".join(engine for engine in ENGINES if ENGINES[engine].vision_path)
+        raise ConfigError(f"engine {name} runs text models only, and this model reads pictures: use one of {able}")
+    module, _, attribute = path.partition(":")
     found: type[ArtefactEngine] = getattr(import_module(module), attribute)
     return found
