@@ -91,7 +91,8 @@ class _Check:
         """Compares one target; ``row`` of the tolerances decides."""
         plan = self.plan
         tolerance = load_tolerance(row)
-        artefact = engine_class(engine_of(name, target), self.manifest.cache)(self.folder, self.manifest, target)
+        kind = engine_class(engine_of(name, target), self.manifest.cache, vision=self.manifest.vision is not None)
+        artefact = kind(self.folder, self.manifest, target)
         done = 0
 
         def count(size: int) -> None:

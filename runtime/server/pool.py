@@ -141,7 +141,7 @@ def memory_to_serve(artefact: Artefact, sessions: int, engine: str, undo: int = 
     """Estimated bytes of the server's process."""
     manifest = artefact.manifest
     model, size = manifest.model, manifest.bytes
-    shared = engine_class(engine, manifest.cache).shares_model
+    shared = engine_class(engine, manifest.cache, vision=manifest.vision is not None).shares_model
     # Copies of the cache are float32, whatever it stores.
     copy = 8 * model.num_layers * model.num_kv_heads * model.head_dim * manifest.cache.slots
     return _PROCESS + size.peak + (sessions - 1) * (size.cache if shared else size.peak) + sessions * undo * copy
