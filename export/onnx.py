@@ -10,18 +10,20 @@ State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a ru
 
 The decoder also reads ``input_ids`` int64 ``[1, T]``, ``position`` int64 ``[1]`` (of the first token) and
 ``live_length`` int64 ``[1]``, and gives ``logits`` float32 ``[1, 1, vocabulary]``. T is its only dynamic axis.
-Where heads share a budget, heads have tensors of their own: see :mod:`trimkv_edge.export.onnx_pooled`.
+Where heads share a budget, heads have tensors of their own: see :mod:`trimkv_edge.export.onnx_pooled`. Of a model that
+reads pictures it takes rows instead of ids: see :mod:`trimkv_edge.export.onnx_vision`.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -32,6 +34,7 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
 from trimkv_edge.eviction import policy_of, require_exportable
 from trimkv_edge.export.onnx_attention import BACKENDS, GroupQueryAttention, OnnxAttention
+from trimkv_edge.export.onnx_chunks import Reader, RowsReader, TextReader
 from trimkv_edge.export.onnx_data import save_with_data
 from trimkv_edge.export.onnx_evict import evict_model
 from trimkv_edge.export.onnx_gates import Finish, deferred_sigmoid
@@ -44,13 +47,15 @@ from trimkv_edge.export.onnx_reshapes import drop_round_trips
 from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
 from trimkv_edge.export.onnx_rotary import fused_rotary
 from trimkv_edge.export.onnx_trace import trace
+from trimkv_edge.export.onnx_vision import check_vision, save_embed, save_vision
 from trimkv_edge.export.onnx_weights import fill, prepare
 from trimkv_edge.export.quantization import SCHEMES, check_kv_dtype
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.resume import Numbers
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target
-from trimkv_edge.models.gated import GatedModel, chunk_positions
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.skeleton import Weights, model_weights
 
 DECODER, DECODER_DATA, EVICT, SCALES = "decoder.onnx", "decoder.onnx.data", "evict.onnx", "kv_scales.npz"
@@ -68,6 +73,7 @@ def export_onnx(
     scheme: Scheme = SCHEMES["none"],
     weights: Weights | None = None,
     scales: KVScales | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     progress: Callable[[str], None] | None = None,
 ) -> Target:
@@ -80,6 +86,7 @@ def export_onnx(
         scheme: how weights are stored.
         weights: where they come from, one at a time; default: the model itself.
         scales: of int8 keys and values.
+        sizes: of pictures, (patches down, patches across), for a :class:`GatedVisionModel`.
         numbers: how packing them is reported and gone on with.
         ops: ``gqa`` (``com.microsoft::GroupQueryAttention``, fastest in ONNX Runtime) or ``standard`` (operators of the
             ONNX domain only).
@@ -99,6 +106,8 @@ def export_onnx(
         )
     check_kv_dtype(scheme, config.kv_dtype)
     _check_kv_dtype(config, ops, scales)
+    if isinstance(model, GatedVisionModel):
+        check_vision(scheme, sizes)
     check = lint_standard if ops == "standard" else lint
     say("onnx: evict graph")
     evict = _evict_model(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
@@ -110,6 +119,11 @@ def export_onnx(
         say("onnx: decoder graph")
         prepared = prepare(model.eval(), weights or model_weights(model), scheme)
         _save_decoder(prepared, config, ops, scales, work / DECODER, numbers, say)
+        more: dict[str, str] = {}
+        if isinstance(prepared, GatedVisionModel):
+            say("onnx: embeddings")
+            more |= save_embed(prepared, config.prefill_chunk, work, _OPSETS[ops])
+            more |= save_vision(prepared, weights or model_weights(model), sizes, work, _OPSETS[ops], say)
         decoder = onnx.load(work / DECODER, load_external_data=False)
         clean(decoder)
         divide_by_roots(decoder)
@@ -118,9 +132,9 @@ def export_onnx(
         say("onnx: checks")
         onnx.checker.check_model(work / DECODER)
         _require_safe(DECODER, check(decoder))
-        for name in (DECODER_DATA, DECODER, EVICT):
+        files = {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT, **more}
+        for name in files.values():
             os.replace(work / name, folder / name)
-    files = {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT}
     if scales:
         scales.save(folder / SCALES)
         files["kv_scales"] = SCALES
@@ -167,17 +181,16 @@ def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) ->
 class _Decoder(nn.Module):
     """A step as a pure function of the cache, for tracing."""
 
-    def __init__(self, model: GatedModel, attention: Callable[..., OnnxAttention], finish: Finish) -> None:
+    def __init__(self, read: Reader, attention: Callable[..., OnnxAttention], finish: Finish) -> None:
         super().__init__()
-        self.model = model
+        self.read = read
         self.attention, self.finish = attention, finish
 
     def forward(
-        self, input_ids: Tensor, position: Tensor, live_length: Tensor, log_beta: Tensor, cache: list[Tensor]
+        self, chunk: list[Tensor], live_length: Tensor, log_beta: Tensor, cache: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        count = input_ids.shape[1]
-        backend = self.attention(cache[0::2], cache[1::2], live_length, count)
-        logits = self.model(input_ids, chunk_positions(position, count), backend)
+        backend = self.attention(cache[0::2], cache[1::2], live_length, chunk[0].shape[1])
+        logits = self.read(chunk, backend)
         rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
         written = onnx_ops.symbolic(
             "ScatterND", (log_beta, backend.slots[:, None], rows), dtype=torch.float32, shape=log_beta.shape, version=18
@@ -189,24 +202,16 @@ class _Decoder(nn.Module):
 class _PooledDecoder(nn.Module):
     """The same where heads share a budget."""
 
-    def __init__(self, model: GatedModel, attention: type[PooledAttention], finish: Finish) -> None:
+    def __init__(self, read: Reader, heads: int, attention: type[PooledAttention], finish: Finish) -> None:
         super().__init__()
-        self.model = model
+        self.read, self.heads = read, heads
         self.attention, self.finish = attention, finish
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position: Tensor,
-        live_length: Tensor,
-        lengths: Tensor,
-        log_beta: Tensor,
-        cache: list[Tensor],
+        self, chunk: list[Tensor], live_length: Tensor, lengths: Tensor, log_beta: Tensor, cache: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        count = input_ids.shape[1]
-        heads = self.model.config.num_key_value_heads
-        backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, count, heads)
-        logits = self.model(input_ids, chunk_positions(position, count), backend)
+        backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, chunk[0].shape[1], self.heads)
+        logits = self.read(chunk, backend)
         pairs = zip(backend.keys, backend.values, strict=True)
         rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
         return (logits, backend.write_log_betas(log_beta, rows), *(tensor for pair in pairs for tensor in pair))
@@ -224,13 +229,11 @@ def _save_decoder(
     shape = model.config
     layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
     zero, number = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    chunk = min(config.prefill_chunk, 3)
-    tokens = {1: torch.export.Dim("T", min=1, max=config.prefill_chunk)} if chunk > 1 else None
-    plain = {
-        "input_ids": torch.zeros(1, chunk, dtype=torch.int64),
-        "position": number,
-        "live_length": number.clone(),
-    }
+    size = min(config.prefill_chunk, 3)
+    read: Reader = RowsReader(model) if isinstance(model, GatedVisionModel) else TextReader(model)
+    chunk = read.example(size)
+    tokens = torch.export.Dim("T", min=1, max=config.prefill_chunk) if size > 1 else None
+    plain = {"live_length": number.clone()}
     # Expanded: tracing needs shapes, not gigabytes.
     if config.caps is None:
         prefixes = [f"{layer}" for layer in range(layers)]
@@ -244,22 +247,27 @@ def _save_decoder(
     stored = zero.to(getattr(torch, config.kv_dtype))
     cache = [stored.expand(shape) for shape in shapes for _ in ("key", "value")]
     names = ["log_beta", *(f"{prefix}.{kind}" for prefix in prefixes for kind in ("key", "value"))]
-    dynamic = {"input_ids": tokens, **{name: None for name in plain if name != "input_ids"}}
+    dynamic: dict[str, Any] = {
+        "chunk": [{axis: tokens} if tokens and axis is not None else None for axis in read.dynamic],
+        **dict.fromkeys(plain),
+        "log_beta": None,
+        "cache": [None] * len(cache),
+    }
     with fused_rotary(model) if ops == "gqa" else nullcontext(), deferred_sigmoid(model) as finish:
         decoder: nn.Module
         if config.caps is not None:
-            decoder = _PooledDecoder(model, POOLED_BACKENDS[ops], finish)
+            decoder = _PooledDecoder(read, heads, POOLED_BACKENDS[ops], finish)
         else:
             # Int8 keys and values are for this backend alone.
             attention = partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops]
-            decoder = _Decoder(model, attention, finish)
+            decoder = _Decoder(read, attention, finish)
         program = trace(
             decoder,
-            (*plain.values(), table, cache),
-            [*plain, *(f"past.{name}" for name in names)],
+            (list(chunk.values()), *plain.values(), table, cache),
+            [*chunk, *plain, *(f"past.{name}" for name in names)],
             ["logits", *(f"present.{name}" for name in names)],
             _OPSETS[ops],
-            {**dynamic, "log_beta": None, "cache": [None] * len(cache)},
+            dynamic,
         )
     drop_round_trips(program.model.graph)
     if ops == "gqa":

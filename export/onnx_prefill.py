@@ -33,12 +33,12 @@ def branch_long_chunks(graph: ir.Graph) -> int:
     found = [node for node in graph if node.op_type == "GroupQueryAttention" and len(node.inputs) > _VALUE_SCALE]
     if not found:
         return 0
-    input_ids = next(value for value in graph.inputs if value.name == "input_ids")
+    chunk = graph.inputs[0]  # token ids [1, T], or their embeddings [1, T, hidden_size]
     log_beta = next(value for value in graph.outputs if value.name == "present.log_beta")
     slots = _made_by(log_beta).inputs[1]  # int64 [T, 1]: where the chunk's entries go
     assert slots is not None
     head = tape.Tape()
-    size = head.op("Size", [input_ids])
+    size = head.op("Shape", [chunk], {"start": 1, "end": 2})
     limit = head.initializer(ir.tensor(np.array(LONGEST_DIRECT, np.int64), name="longest_direct"))
     is_long = head.op("Greater", [size, limit])
     graph.insert_before(graph[0], head.nodes)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.onnx import ops as onnx_ops
 
+from trimkv_edge.models.family import text_decoder
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.rope import mrope_axes
 
 _FUNCTION = "apply_rotary_pos_emb"
 
@@ -50,8 +52,9 @@ class _Rotary:
 @contextmanager
 def fused_rotary(model: GatedModel) -> Iterator[None]:
     """While open, the model's attention layers trace the fused operator (they look the function up in their module)."""
-    module: ModuleType = sys.modules[type(model.base.model.layers[0].self_attn).__module__]
-    embedding = model.base.model.rotary_emb
+    decoder = text_decoder(model.base)
+    module: ModuleType = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    embedding = decoder.rotary_emb
     original = getattr(module, _FUNCTION)
     setattr(module, _FUNCTION, _Rotary())
     embedding.forward = lambda x, position_ids: _angles(embedding, x, position_ids)
@@ -63,8 +66,13 @@ def fused_rotary(model: GatedModel) -> Iterator[None]:
 
 
 def _angles(embedding: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a chunk, ``[T, rotated / 2]``: transformers gives both halves, which are alike."""
-    angles = position_ids.float().view(-1, 1) * embedding.inv_freq
+    """Cosines and sines of a chunk, ``[T, rotated / 2]``: transformers gives both halves, which are alike.
+
+    Positions are ``[1, T]``, or ``[3, 1, T]`` of M-RoPE.
+    """
+    axes = mrope_axes(embedding)
+    places = position_ids.view(-1, 1) if axes is None else position_ids[:, 0].t().index_select(1, axes)
+    angles = places.float() * embedding.inv_freq
     tables = angles.cos(), angles.sin()
     if embedding.attention_scaling != 1:
         tables = tables[0] * embedding.attention_scaling, tables[1] * embedding.attention_scaling

@@ -51,6 +51,11 @@ def text_decoder(base: Any) -> Any:
     return getattr(base.model, "language_model", base.model)
 
 
+def vision_encoder(base: Any) -> Any | None:
+    """The module of a transformers model that encodes pictures; None: it reads text only."""
+    return getattr(base.model, "visual", None)
+
+
 def refuse_sliding_layers(config: Any) -> None:
     """Refuses models that mix full and sliding-window layers: their windows are not applied by the bounded cache."""
     layer_types = getattr(config, "layer_types", None) or []

@@ -15,15 +15,16 @@ class PictureEncoder(nn.Module):
     """Encodes one image, or one frame group of a video, of a fixed size: all of its patches see each other.
 
     Args:
-        visual: Qwen3-VL's encoder in transformers, its weights in memory.
+        visual: Qwen3-VL's encoder in transformers.
         down, across: size in patches, multiples of the encoder's ``spatial_merge_size``.
+        table: values of its position embeddings; default: those it has.
     """
 
     positions: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, visual: Any, down: int, across: int) -> None:
+    def __init__(self, visual: Any, down: int, across: int, table: Tensor | None = None) -> None:
         super().__init__()
         self.visual = visual
         grid, merge = torch.tensor([[1, down, across]]), visual.config.spatial_merge_size
@@ -34,15 +35,16 @@ class PictureEncoder(nn.Module):
             align_corners=visual.interpolation_align_corners,
             spatial_merge_size=merge,
         )
+        table = visual.pos_embed.weight if table is None else table
         with torch.no_grad():
-            self.register_buffer("positions", (visual.pos_embed(indices) * weights[:, :, None]).sum(1))
+            self.register_buffer("positions", (table[indices] * weights[:, :, None]).sum(1))
             cos, sin = visual.rotary_pos_emb(self.positions, get_vision_position_ids(grid, merge))
             self.register_buffer("cos", cos)
             self.register_buffer("sin", sin)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """``[patches, values]`` -> rows ``[rows, hidden_size]`` and DeepStack features ``[features, rows, hidden_size]``;
-        rows are patches / merge^2."""
+        """``[patches, values]`` -> rows ``[rows, hidden_size]`` (rows are patches / merge^2) and DeepStack features
+        ``[features, rows, hidden_size]``."""
         visual = self.visual
         patch = visual.patch_embed.proj  # its kernel is its stride: each patch is one product
         hidden = F.linear(pixel_values, patch.weight.flatten(1), patch.bias) + self.positions
@@ -60,7 +62,7 @@ class PictureEncoder(nn.Module):
         count = hidden.shape[0]
         query, key, value = attention.qkv(hidden).view(count, 3, attention.num_heads, -1).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, self.cos, self.sin)
-        parts = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        out = F.scaled_dot_product_attention(*parts, scale=attention.scaling)
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
         merged: Tensor = attention.proj(out[0].transpose(0, 1).reshape(count, -1))
         return merged

@@ -104,7 +104,9 @@ class GatedVisionModel(GatedModel):
         logits: Tensor = self.base.lm_head(out[:, -1:] if last_only else out)
         return logits
 
-    def decode_rows(self, embeddings: Tensor, positions: Tensor, deepstack: Tensor, backend: AttentionBackend) -> Tensor:
+    def decode_rows(
+        self, embeddings: Tensor, positions: Tensor, deepstack: Tensor, backend: AttentionBackend
+    ) -> Tensor:
         """:meth:`read` for tracing: without masks, since a text token is a row with DeepStack features of 0.
 
         Args:

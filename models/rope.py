@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimkv_edge.config import POSITION_LIMIT
@@ -71,6 +73,22 @@ def choose_rope(config: Any, choice: str = "auto", stream_length: int | None = N
     if choice == "short" or (choice == "auto" and within):
         return RopeInfo("short", original)
     return RopeInfo("long", POSITION_LIMIT)
+
+
+def mrope_axes(rotary: Any) -> Tensor | None:
+    """Which of M-RoPE's positions (0 time, 1 height, 2 width) turns each rotary pair, int64 ``[rotated / 2]``; None
+    where a token has one position.
+
+    Interleaved as in Qwen3-VL: every third pair from 1 on is height's and from 2 on width's, as many as ``mrope_section``
+    says; the rest is time's.
+    """
+    section = getattr(rotary, "mrope_section", None)
+    if section is None:
+        return None
+    axes = torch.zeros(rotary.inv_freq.shape[0], dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * section[axis] : 3] = axis
+    return axes
 
 
 def fix_rope(base: Any, choice: str = "auto", stream_length: int | None = None) -> RopeInfo:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trimkv_edge.export.quantization.base import Scheme
+from trimkv_edge.models.family import vision_encoder
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape
 from trimkv_edge.models.source import ModelSource
@@ -15,10 +16,15 @@ _SCALED = 32  # weights that share a scale
 
 
 def module_bits(model: GatedModel, scheme: Scheme) -> dict[int, int]:
-    """Bits of every module that has something to round, by the module's ``id``; see :func:`parameter_bits`."""
+    """Bits of every module that has something to round, by the module's ``id``; see :func:`parameter_bits`. Vision
+    encoders keep float32: each picture passes them once, and all that is read of it follows from that."""
     gates = {id(part) for gate in model.gates for part in gate.modules()}
+    encoder = vision_encoder(model.base)
+    exact = set() if encoder is None else set(map(id, encoder.modules()))
     bits = {}
     for module in model.modules():
+        if id(module) in exact:
+            continue
         if isinstance(module, nn.Embedding):
             bits[id(module)] = scheme.embedding_bits
         elif isinstance(module, nn.Linear):
