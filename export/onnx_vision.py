@@ -1,13 +1,13 @@
 """What an ONNX target has beside the decoder for models that read pictures.
 
-``decoder.onnx`` reads rows: ``embeddings`` float32 ``[1, T, hidden_size]``, ``positions`` int64 ``[3, T]`` (M-RoPE) and,
-where the model has them, ``deepstack`` float32 ``[features, T, hidden_size]`` with zeros at text. They come from
+``decoder.onnx`` reads rows: ``embeddings`` float32 ``[1, T, hidden_size]``, ``positions`` int64 ``[3, T]`` (M-RoPE)
+and, where the model has them, ``deepstack`` float32 ``[features, T, hidden_size]`` with zeros at text. They come from
 
-=================== ============================================== ====================================================
+=================== ============================================== ==============================================
 ``embed.onnx``      ``input_ids`` int64 ``[1, T]``                 ``embeddings`` float32 ``[1, T, hidden_size]``
 ``vision-HxW.onnx`` ``pixel_values`` float32 ``[patches, values]`` ``rows`` float32 ``[rows, hidden_size]``,
-                                                                   ``features`` float32 ``[features, rows, hidden_size]``
-=================== ============================================== ====================================================
+                                                                   ``features`` ``[features, rows, hidden_size]``
+=================== ============================================== ==============================================
 
 A vision graph is for one size of H x W patches; all of them read their weights from one file.
 """

@@ -79,8 +79,8 @@ def mrope_axes(rotary: Any) -> Tensor | None:
     """Which of M-RoPE's positions (0 time, 1 height, 2 width) turns each rotary pair, int64 ``[rotated / 2]``; None
     where a token has one position.
 
-    Interleaved as in Qwen3-VL: every third pair from 1 on is height's and from 2 on width's, as many as ``mrope_section``
-    says; the rest is time's.
+    Interleaved as in Qwen3-VL: every third pair from 1 on is height's and from 2 on width's, as many as
+    ``mrope_section`` says; the rest is time's.
     """
     section = getattr(rotary, "mrope_section", None)
     if section is None:

@@ -62,11 +62,12 @@ class MixedArtefactEngine(MixedEngine, ArtefactEngine):
         want = (int(grid.prod(-1).sum()), self.vision.patch_values)
         if np.shape(pixel_values) != want:
             raise ModelError(
-                f"{kind} pixels {list(np.shape(pixel_values))}: grid {grid.tolist()} needs {list(want)}, from RGB pictures"
+                f"{kind} pixels {list(np.shape(pixel_values))}: grid {grid.tolist()} needs {list(want)}, "
+                "from RGB pictures"
             )
         return grid.tolist()
 
     @abstractmethod
     def _encode(self, size: tuple[int, int], pixels: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """``[patches, values]`` of one picture -> rows ``[rows, hidden_size]`` and DeepStack features ``[features, rows,
-        hidden_size]``, in memory of their own."""
+        """``[patches, values]`` of one picture -> rows ``[rows, hidden_size]`` and DeepStack features
+        ``[features, rows, hidden_size]``, in memory of their own."""

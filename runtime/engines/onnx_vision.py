@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine for models that read pictures: ids become rows, pictures' rows go in, the decoder reads rows."""
+"""The ONNX Runtime engine for models that read pictures: ids become rows, pictures' rows go in, then it decodes."""
 
 from __future__ import annotations
 

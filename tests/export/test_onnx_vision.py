@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(artefacts: dict[tuple[str, str], VisionArt
     pixels = np.zeros((16, engine.vision.patch_values), np.float32)
     with pytest.raises(ModelError, match="2 x 8 patches: this artefact was exported for 4 x 4, 4 x 6, 6 x 4"):
         engine.encode("image", pixels, np.array([[1, 2, 8]]))
-    with pytest.raises(ModelError, match="needs .16, 96., from RGB pictures"):
+    with pytest.raises(ModelError, match=r"needs .16, 96., from RGB pictures"):
         engine.encode("image", pixels[:, :32], np.array([[1, 4, 4]]))
     with pytest.raises(ModelError, match="an image has 1 frame group"):
         engine.encode("image", np.concatenate([pixels] * 2), np.array([[2, 4, 4]]))
