@@ -35,7 +35,7 @@ def caps_from_file(path: Path, config: CacheConfig, source: ModelSource) -> Cali
                 f"caps file {path} was made for {field.name.replace('_', ' ')} {have}, but {want} is wanted: "
                 f"give {option} {have} or calibrate again"
             )
-    check_caps(found.cache, source.config.num_hidden_layers, source.config.num_key_value_heads)
+    check_caps(found.cache, source.text_config.num_hidden_layers, source.text_config.num_key_value_heads)
     weights = "" if source.random_weights else source.weights_sha256()
     if weights != found.weights_sha256:
         raise ConfigError(f"caps file {path} was made for other weights ({found.model}): calibrate {source.name} again")

@@ -21,10 +21,13 @@ from trimkv_edge.export.speed import measure_speed
 from trimkv_edge.export.targets import TARGETS, TargetSpec
 from trimkv_edge.export.tokenizer import sample_tokens
 from trimkv_edge.export.verify import ParityReport, check, compare, load_tolerance, stream_plan
+from trimkv_edge.export.vision import MixedSample, mixed_sample
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.models.loading import LoadedModel
+from trimkv_edge.models.pictures import GatedVisionModel
+from trimkv_edge.models.vision_engine import vision_engine
 from trimkv_edge.runtime.engines import engine_class, engine_of
 from trimkv_edge.runtime.engines.base import ArtefactEngine
 
@@ -52,10 +55,12 @@ class _Check:
     report: Report
     progress: Progress | None
     scales: KVScales | None
+    sample: MixedSample | None = None
 
     @property
     def large(self) -> bool:
-        return is_large(self.loaded.info.parameters, self.manifest.cache)
+        # Layer by layer, no picture is read.
+        return self.sample is None and is_large(self.loaded.info.parameters, self.manifest.cache)
 
     @property
     def plan(self) -> list[int]:
@@ -73,14 +78,19 @@ class _Check:
         if self.large:
             self.report("  the eager model, layer by layer")
             return LayerwiseReference(weights, cache, tokens, self.plan, scratch, self.progress, self.scales)
-        return eager_engine(weights.fill(weights.model), cache, self.manifest.rope.position_limit, self.scales)
+        model, limit = weights.fill(weights.model), self.manifest.rope.position_limit
+        if isinstance(model, GatedVisionModel):
+            return vision_engine(model, cache, limit, self.scales)
+        return eager_engine(model, cache, limit, self.scales)
 
     def rounded_reference(self, spec: TargetSpec, scheme: Scheme) -> Engine | None:
         """The eager model that rounds activations as the target does, where that can be compared closely."""
         model, make = self.loaded.model, spec.with_rounded_activations
         bits = module_bits(model, scheme)
-        rounded = sum(part.in_features for part in model.modules() if isinstance(part, Linear) and bits[id(part)] == 4)
-        if make is None or self.large or rounded > _ROUNDINGS:
+        rounded = sum(
+            part.in_features for part in model.modules() if isinstance(part, Linear) and bits.get(id(part)) == 4
+        )
+        if make is None or self.large or self.sample is not None or rounded > _ROUNDINGS:
             return None
         limit = self.manifest.rope.position_limit
         return eager_engine(make(model, self.loaded.weights, scheme), self.manifest.cache, limit, self.scales)
@@ -108,8 +118,9 @@ class _Check:
             plan,
             tolerance.score_rel,
             count,
-            scripted=self.large,
+            scripted=self.large or self.sample is not None,
             close_abs=tolerance.close_abs,
+            show=None if self.sample is None else self.sample.show,
         )
         if self.loaded.info.random_weights and row in ("dynamic", "rounded", "float16"):
             # Random logits are nearly flat: rounding decides which one is the largest.
@@ -143,6 +154,9 @@ def verify_targets(
     # Where a key lies between two int8 levels, the last bit of float32 decides.
     row = "int8_cache" if scales else "large" if job.large and manifest.dtype == "float32" else manifest.dtype
     tokens = sample_tokens(folder, manifest.tokenizer, manifest.model.vocab_size, sum(job.plan))
+    if manifest.vision is not None:
+        sample = mixed_sample(tokens, manifest.vision)
+        job, tokens = replace(job, sample=sample), sample.tokens
     targets = {}
     for name, target in manifest.targets.items():
         spec = TARGETS[name]

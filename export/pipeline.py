@@ -35,10 +35,19 @@ from trimkv_edge.export.reference import ReferenceWeights
 from trimkv_edge.export.targets import TARGETS, Job, check_ops
 from trimkv_edge.export.tokenizer import copy_tokenizer, sample_tokens
 from trimkv_edge.export.verify import MIN_EVENTS
+from trimkv_edge.export.vision import vision_info
 from trimkv_edge.files import new_folder
 from trimkv_edge.hexagon import check_shards, find_soc
 from trimkv_edge.kv_scales import KVScales
-from trimkv_edge.manifest import SCHEMA_VERSION, ByteInfo, Manifest, Target, TokenizerInfo, describe_files
+from trimkv_edge.manifest import (
+    SCHEMA_VERSION,
+    ByteInfo,
+    Manifest,
+    Target,
+    TokenizerInfo,
+    VisionInfo,
+    describe_files,
+)
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.loading import LoadedModel, choose_gates, gates_for, load_model
 from trimkv_edge.models.rope import choose_rope
@@ -88,6 +97,7 @@ class ExportRequest:
     stream_length: int | None = None
     soc: str | None = None
     shards: int | None = None
+    image_sizes: tuple[str, ...] = ()
     weights: Path | None = None
     random_weights: bool = False
     seed: int = 0
@@ -104,6 +114,7 @@ class ExportPlan:
         gates: kind and file.
         outline: the gated model's sizes, without memory.
         calibration: what a caps file says.
+        vision: of a model that reads pictures.
     """
 
     request: ExportRequest
@@ -116,6 +127,7 @@ class ExportPlan:
     scheme: Scheme
     outline: GatedModel
     calibration: Calibration | None = None
+    vision: VisionInfo | None = None
 
     @cached_property
     def cost(self) -> ExportCost:
@@ -151,7 +163,8 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     ops = check_ops(request.targets, request.ops)
     scheme = find_scheme(request.quant, request.targets, request.embedding_bits)
     kv_dtype = _kv_dtype(request, policy, scheme, ops)
-    source = find_source(request.model, request.weights, request.random_weights)
+    source = find_source(request.model, request.weights, request.random_weights, vision=True)
+    vision = _vision(request, source)
     rope = choose_rope(source.config, request.rope, request.stream_length)
     request = replace(request, gates=gates_for(policy, source, request.gates))
     kind, gate_path = choose_gates(source, request.gates)
@@ -197,7 +210,7 @@ def plan_export(request: ExportRequest) -> ExportPlan:
             f"--caps is for policies whose heads share a budget ({pooled_policies()}), not for {request.policy}"
         )
     if calibration or not policy.pooled:
-        require_exportable(cache, config.num_hidden_layers, config.num_key_value_heads)
+        require_exportable(cache, shape.num_layers, shape.num_kv_heads)
     needed = cache.budget + (MIN_EVENTS + 1) * cache.buffer
     if rope.variant == "short" and needed > rope.position_limit:
         raise ConfigError(
@@ -208,7 +221,28 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     memory = _memory_to_run(request, shape, cache, scheme, stored_bytes(outline, scheme))
     if request.output.exists() and not request.force:
         raise ConfigError(f"{request.output} exists: choose another -o or give --force to replace it")
-    return ExportPlan(request, source, shape, cache, memory, ops, (kind, gate_path), scheme, outline, calibration)
+    return ExportPlan(
+        request, source, shape, cache, memory, ops, (kind, gate_path), scheme, outline, calibration, vision
+    )
+
+
+def _vision(request: ExportRequest, source: ModelSource) -> VisionInfo | None:
+    """How a model reads pictures, if it does.
+
+    Raises:
+        ConfigError: picture sizes for a text model, or a target that has no pictures.
+    """
+    if not source.family.vision:
+        if request.image_sizes:
+            raise ConfigError(f"--image-sizes is for models that read pictures, and {request.model} reads text only")
+        return None
+    without = [name for name in request.targets if not TARGETS[name].vision]
+    if without:
+        able = ", ".join(name for name, target in TARGETS.items() if target.vision)
+        raise ConfigError(
+            f"--model {request.model} reads pictures, and target {', '.join(without)} runs text models only: use {able}"
+        )
+    return vision_info(source, request.image_sizes)
 
 
 def _memory_to_run(
@@ -273,7 +307,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
     )
     plan = with_caps(plan, loaded, report)
     with new_folder(request.output) as folder:
-        tokenizer = copy_tokenizer(plan.source.folder, folder, plan.source.config)
+        tokenizer = copy_tokenizer(plan.source.folder, folder, plan.source.text_config)
         if plan.calibration is not None:
             plan.calibration.save(folder / CAPS_FILE)
         scales = _scales(plan, loaded, folder, tokenizer, detail, progress)
@@ -296,6 +330,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
                     progress=progress,
                     soc=request.soc,
                     shards=request.shards,
+                    sizes=() if plan.vision is None else plan.vision.sizes,
                 )
             )
         manifest = Manifest(
@@ -312,6 +347,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
             files=describe_files(folder),
             tools=tool_versions(),
             embedding_bits=request.embedding_bits,
+            vision=plan.vision,
         )
         manifest = verify_targets(manifest, loaded, folder, report, progress, scales)
         manifest = write_card(manifest, folder)

@@ -9,7 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from trimkv_edge.engine import Engine
+from trimkv_edge.mixed_engine import MixedEngine
 
 STEPS = 64
 _WARM_UP = 2
@@ -41,6 +44,8 @@ def measure_speed(engine: Engine, *, steps: int = STEPS, seconds: float = 10.0) 
         started = perf_counter()
         logits = engine.decode(token)
         decodes.append(perf_counter() - started)
+        if isinstance(engine, MixedEngine):
+            logits[list(engine.placeholders)] = -np.inf  # they stand for rows of pictures
         token = int(logits.argmax())
         if perf_counter() > end:
             break

@@ -35,6 +35,7 @@ class Job:
         restart: do not go on with what an interrupted export left.
         soc: chip that is compiled for, where a target has a choice; None: its default.
         shards: parts that a graph is cut into, where a target can; None: as many as it needs.
+        sizes: of pictures, (patches down, patches across), of a model that reads them.
         say: called with one line per stage.
         progress: called with (done, in all) in long stages.
     """
@@ -53,6 +54,7 @@ class Job:
     progress: Callable[[int, int], None] | None
     soc: str | None = None
     shards: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def numbers(self) -> Numbers:
         """How packing the weights is reported and gone on with."""
@@ -74,6 +76,7 @@ class TargetSpec:
         runs: an engine here runs it, so that it can be verified.
         rounds: operator sets whose activations have few bits: agreement is measured and told, but not required.
         ran: what its files are for and where they were executed.
+        vision: models that read pictures can be exported.
     """
 
     ops: tuple[str, ...]
@@ -86,6 +89,7 @@ class TargetSpec:
     runs: bool = True
     rounds: tuple[str, ...] = ()
     ran: Ran = NOT_TOLD
+    vision: bool = False
 
 
 def _executorch(job: Job) -> Target:
@@ -132,6 +136,7 @@ def _onnx(job: Job) -> Target:
         scheme=job.scheme,
         weights=job.weights,
         scales=job.scales,
+        sizes=job.sizes,
         numbers=job.numbers(),
         progress=job.say,
     )
@@ -207,6 +212,7 @@ TARGETS: dict[str, TargetSpec] = {
         ("float32", "float16", "int8"),
         _onnx_float,
         ran=Ran("CPUs", "ONNX Runtime", device=X86),
+        vision=True,
     ),
     "torch": TargetSpec(
         ("compiled",),

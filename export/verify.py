@@ -15,9 +15,12 @@ from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import CacheState, Engine, IntArray
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.eviction import find_policy, score_entries
+from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.policies.base import HEAD, LAYER, MODEL, Entries
 
 MIN_EVENTS = 5
+# Encoders stay in float32 whatever the decoder is rounded to; they differ in the order of their sums.
+PICTURE_REL = 1e-4
 Key = tuple[int, int, int]  # layer, KV head, position
 
 
@@ -50,6 +53,8 @@ class ParityReport:
         greedy_mismatches: calls whose greedy token differs.
         max_logit_diff: largest absolute difference of a logit; max_logit: largest absolute logit.
         close: calls with close logits that came with the artefact's own cache; None: calls were not told apart.
+        pictures: that were encoded and read; None: the model reads text only.
+        max_picture_diff: largest difference of a number that an encoder gave, relative to its largest one.
     """
 
     tokens: int = 0
@@ -62,6 +67,8 @@ class ParityReport:
     max_logit_diff: float = 0.0
     max_logit: float = 0.0
     close: int | None = None
+    pictures: int | None = None
+    max_picture_diff: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -109,6 +116,7 @@ def compare(
     *,
     scripted: bool = False,
     close_abs: float | None = None,
+    show: Callable[[Engine], None] | None = None,
 ) -> ParityReport:
     """Drives both engines over one stream from an empty cache.
 
@@ -125,11 +133,16 @@ def compare(
         scripted: single steps come from ``tokens`` too.
         close_abs: after a call whose logits are not this close the artefact takes over the reference's state too, so
             that one rounding that went the other way does not blur what follows. See :class:`Tolerance`.
+        show: gives an engine the pictures of the stream before it begins.
     """
     report = ParityReport(close=None if close_abs is None else 0)
     own = True
-    reference.reset()
-    artefact.reset()
+    for engine in (reference, artefact):
+        engine.reset()
+        if show:
+            show(engine)
+    if isinstance(reference, MixedEngine) and isinstance(artefact, MixedEngine):
+        _compare_pictures(reference, artefact, report)
     feed = iter(tokens)
     greedy = 0
     for size in plan:
@@ -168,10 +181,21 @@ def check(report: ParityReport, tolerance: Tolerance, what: str) -> None:
         faults.append(f"logits differ by {report.max_logit_diff:.2e}, allowed {limit:.2e}")
     if report.close is not None and report.close < tolerance.close_share * report.steps:
         faults.append(f"logits of only {report.close} of {report.steps} calls are close")
+    if report.max_picture_diff is not None and not report.max_picture_diff <= PICTURE_REL:
+        faults.append(f"pictures differ by {report.max_picture_diff:.2e}, allowed {PICTURE_REL:.0e}")
     if report.events < MIN_EVENTS:
         faults.append(f"only {report.events} eviction events were compared, {MIN_EVENTS} are needed")
     if faults:
         raise VerificationError(f"{what} does not agree with the eager model: {'; '.join(faults)}; nothing was written")
+
+
+def _compare_pictures(reference: MixedEngine, artefact: MixedEngine, report: ParityReport) -> None:
+    report.pictures, report.max_picture_diff = len(reference.waiting), 0.0
+    for want, got in zip(reference.waiting, artefact.waiting, strict=True):
+        for one, other in ((want.embeddings, got.embeddings), (want.deepstack, got.deepstack)):
+            if one.size:
+                off = float(np.abs(one - other).max() / max(1e-6, np.abs(one).max()))
+                report.max_picture_diff = float(np.maximum(report.max_picture_diff, off))
 
 
 def compare_survivors(

@@ -117,8 +117,8 @@ def find_source(
 def _check_vision(name: str, family: Family, vision: bool) -> None:
     if family.vision and not vision:
         raise ModelError(
-            f"--model {name}: {family.name} models read pictures and run in the eager engine only, from Python "
-            "(docs/models.md); no command exports, runs, measures or trains them yet: choose a text model"
+            f"--model {name}: {family.name} models read pictures; trimkv-export takes them and its artefacts run "
+            "(docs/vision.md), but this command is for text models: choose one"
         )
 
 

@@ -11,6 +11,7 @@ from trimkv_edge.cache import StaticCache
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.eviction import find_policy
+from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.models.eager import EagerEngine, EagerPooledEngine, TorchEngine
 from trimkv_edge.models.pictures import GatedVisionModel
@@ -56,12 +57,15 @@ class EagerPooledVisionEngine(VisionEngine, EagerPooledEngine):
 
 
 def vision_engine(
-    model: GatedVisionModel, config: CacheConfig, position_limit: int = POSITION_LIMIT
+    model: GatedVisionModel,
+    config: CacheConfig,
+    position_limit: int = POSITION_LIMIT,
+    scales: KVScales | None = None,
 ) -> EagerVisionEngine | EagerPooledVisionEngine:
-    """The engine of the kind that the policy needs.
+    """The engine of the kind that the policy needs; ``scales`` for int8 keys and values.
 
     Raises:
         ConfigError: settings that the policy cannot honour.
     """
     kind = EagerPooledVisionEngine if find_policy(config.policy).pooled else EagerVisionEngine
-    return kind(model, config, position_limit)
+    return kind(model, config, position_limit, scales)

@@ -13,7 +13,7 @@ from published_gates import VISION, raw_gates, write_published
 from transformers import AutoConfig
 from vision_streams import Mixed, plain_logits
 
-from trimkv_edge.cli.export import main as export
+from trimkv_edge.cli.evaluate import main as evaluate
 from trimkv_edge.cli.import_gates import main as import_command
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ModelError
@@ -117,14 +117,14 @@ def test_named_models_have_published_gates_and_no_shape(name: str) -> None:
         find_source(name, random_weights=True, vision=True)
 
 
-def test_commands_refuse_it_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_for_text_refuse_it_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model in (str(folder), "qwen3-vl-4b"):
         with pytest.raises(SystemExit) as stopped:
-            export(["--model", model, "--budget", "64", "-o", str(tmp_path / "out")])
+            evaluate(["--model", model, "--budgets", "64", "-o", str(tmp_path / "out")])
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "qwen3-vl models read pictures" in line
-        assert "choose a text model" in line
+        assert "this command is for text models: choose one" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -121,6 +121,13 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="of a compiler's target; the first is the default: "
         + "; ".join(f"{', '.join(backend.precisions)} ({name})" for name, backend in BACKENDS.items()),
     )
+    add(
+        "--image-sizes",
+        nargs="+",
+        metavar="WxH",
+        help="models that read pictures: sizes in pixels that the encoder is exported for; each picture is resized to "
+        "the one nearest in shape (default: a square and two oblongs, of at most 512 x 512 pixels)",
+    )
     add("--soc", metavar="NAME", help="npu:hexagon: the chip, sm8550, sm8650 or sm8750 (default)")
     add("--shards", type=int, metavar="N", help="npu:hexagon: cut graphs into N parts (default: as few as it loads)")
     add("--executorch-ops", metavar="OPS", help="xnnpack (default, fast) or portable (any stock ExecuTorch runtime)")
@@ -282,6 +289,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         seed=args.seed,
         soc=args.soc,
         shards=args.shards,
+        image_sizes=tuple(args.image_sizes or ()),
         restart=args.restart,
         force=args.force,
     )
