@@ -168,7 +168,6 @@ def plan_export(request: ExportRequest) -> ExportPlan:
     rope = choose_rope(source.config, request.rope, request.stream_length)
     request = replace(request, gates=gates_for(policy, source, request.gates))
     kind, gate_path = choose_gates(source, request.gates)
-    config = source.config
     outline = gated_outline(source, kind)
     shape = source.shape(gate_parameters(outline))
     cache = CacheConfig(

@@ -1,4 +1,4 @@
-"""The encoder of a static size gives what transformers' does; the traced form of the decoder what the eager one does."""
+"""The encoder of a static size gives what transformers gives, and so does the form of the decoder that is traced."""
 
 from __future__ import annotations
 

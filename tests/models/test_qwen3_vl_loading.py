@@ -117,7 +117,9 @@ def test_named_models_have_published_gates_and_no_shape(name: str) -> None:
         find_source(name, random_weights=True, vision=True)
 
 
-def test_commands_for_text_refuse_it_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_for_text_refuse_it_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for model in (str(folder), "qwen3-vl-4b"):
         with pytest.raises(SystemExit) as stopped:
             evaluate(["--model", model, "--budgets", "64", "-o", str(tmp_path / "out")])
