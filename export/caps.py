@@ -11,6 +11,7 @@ from trimkv_edge.caps import Calibration, load_calibration
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import BudgetError, ConfigError
 from trimkv_edge.eviction import check_caps
+from trimkv_edge.manifest import VisionInfo
 from trimkv_edge.models.loading import LoadedModel
 from trimkv_edge.models.source import ModelSource
 
@@ -58,6 +59,7 @@ def calibrate_within(
     config: CacheConfig,
     *,
     budget: str,
+    vision: VisionInfo | None = None,
     target: float | None,
     report: Callable[[str], None],
 ) -> Calibration:
@@ -65,6 +67,7 @@ def calibrate_within(
     entries is lowered until it fits.
 
     Args:
+        vision: of a model that reads pictures.
         target: share of the exact policy's survivors to keep; None is 99 %, and 90 % for random weights, whose heads
             hold now this and now that.
 
@@ -80,7 +83,7 @@ def calibrate_within(
     check_request(config, target, "float32")
     limit = parse_size(budget)
     for _ in range(_TRIES):
-        found = calibrate_sample(loaded, source, config, target=target, report=report)
+        found = calibrate_sample(loaded, source, config, vision=vision, target=target, report=report)
         needed = cache_bytes(shape, found.cache, "float32")
         if limit is None or needed <= limit:
             return found

@@ -21,11 +21,11 @@ from trimkv_edge.export.speed import measure_speed
 from trimkv_edge.export.targets import TARGETS, TargetSpec
 from trimkv_edge.export.tokenizer import sample_tokens
 from trimkv_edge.export.verify import ParityReport, check, compare, load_tolerance, stream_plan
-from trimkv_edge.export.vision import MixedSample, mixed_sample
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.models.eager import eager_engine
 from trimkv_edge.models.loading import LoadedModel
+from trimkv_edge.models.mixed_sample import MixedSample, mixed_sample
 from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.vision_engine import vision_engine
 from trimkv_edge.runtime.engines import engine_class, engine_of

@@ -400,6 +400,7 @@ def with_caps(plan: ExportPlan, loaded: LoadedModel, report: Report) -> ExportPl
             plan.shape,
             plan.config,
             budget=request.budget,
+            vision=plan.vision,
             target=request.caps_target,
             report=lambda line: report(f"  {line}"),
         )

@@ -1,21 +1,15 @@
-"""What an export settles for a model that reads pictures: sizes, how they are cut, and what verification shows."""
+"""What an export settles for a model that reads pictures: their sizes, and how they are cut."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from trimkv_edge.engine import Engine, FloatArray
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.manifest import VisionInfo
-from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.models.source import ModelSource
-from trimkv_edge.pictures import IMAGE, VIDEO
 from trimkv_edge.runtime.picture_patches import CONFIG_FILE, PatchSettings
 
 # A picture of so many pixels is 256 rows of Qwen3-VL's.
@@ -94,48 +88,3 @@ def _default(settings: PatchSettings) -> list[tuple[int, int]]:
         down, across = (max(1, int(side / settings.factor + 1e-9)) * settings.merge_size for side in sides)
         sizes.append((down, across))
     return list(dict.fromkeys(sizes))
-
-
-@dataclass(frozen=True)
-class MixedSample:
-    """A stream to verify with.
-
-    Attributes:
-        tokens: placeholders among them.
-        pictures: kind, pixels ``[patches, values]`` and grid ``[1, 3]`` of each, in order.
-    """
-
-    tokens: list[int]
-    pictures: list[tuple[str, FloatArray, Any]]
-
-    def show(self, engine: Engine) -> None:
-        """Encodes the pictures with the engine's own encoder, and queues them."""
-        if isinstance(engine, MixedEngine):
-            for kind, pixels, grid in self.pictures:
-                engine.show(engine.encode(kind, pixels, grid))
-
-
-def mixed_sample(tokens: Sequence[int], vision: VisionInfo, seed: int = 0) -> MixedSample:
-    """Text with noise for pictures of all sizes in it: an image, text of the same length, a frame of a video, ...
-
-    Args:
-        tokens: the text; as many come back, pictures' rows standing for some of them.
-    """
-    rng = np.random.default_rng(seed)
-    special = {vision.image_token_id, vision.video_token_id, vision.start_token_id, vision.end_token_id}
-    plain = next(token for token in range(len(special) + 1) if token not in special)
-    out = [plain if token in special else token for token in tokens]
-    pictures: list[tuple[str, FloatArray, Any]] = []
-    start = 3
-    while True:
-        size = vision.sizes[len(pictures) % len(vision.sizes)]
-        kind = VIDEO if len(pictures) % 4 == 3 else IMAGE
-        down, across = vision.rows(size)
-        rows = down * across
-        if start + rows + 2 >= len(out):
-            return MixedSample(out, pictures)
-        placeholder = vision.image_token_id if kind == IMAGE else vision.video_token_id
-        out[start : start + rows + 2] = [vision.start_token_id, *[placeholder] * rows, vision.end_token_id]
-        pixels = rng.standard_normal((size[0] * size[1], vision.patch_values), np.float32).clip(-1, 1)
-        pictures.append((kind, pixels, np.array([[1, *size]], np.int64)))
-        start += 2 * rows + 5

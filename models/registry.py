@@ -26,7 +26,7 @@ class NamedModel:
     """A model with a short name.
 
     Attributes:
-        repo: hub id of the base, empty for the model that ships with the package.
+        repo: hub id of the base, empty for a model that ships with the package, in a folder of its name.
         family: ``model_type``.
         gates: published gates by kind (``rg``, ``rg10``), hub ids; empty where none were published. ``tiny`` has a set
             more, ``rg-chat``, of kind ``rg``.
@@ -152,6 +152,7 @@ def _llama3(
 
 MODELS: dict[str, NamedModel] = {
     "tiny": NamedModel("", "qwen3", {"rg": "rg", "rg10": "rg10", "rg-chat": "rg-chat"}),
+    "tiny-vl": NamedModel("", "qwen3_vl", {"rg10": "rg10"}),
     "phi-3-mini": NamedModel(
         "microsoft/Phi-3-mini-128k-instruct",
         "phi3",

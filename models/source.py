@@ -127,9 +127,10 @@ def _find(name: str, weights: Path | None, random_weights: bool, vision: bool) -
     if entry is not None:
         _check_vision(name, family_of(entry.family), vision)  # before gigabytes are downloaded for nothing
     given = weights or (Path(name) if entry is None and Path(name).is_dir() else None)
-    if given is None and name == "tiny":
-        gates = {kind: str(TINY / "gates" / f"{file}.safetensors") for kind, file in MODELS["tiny"].gates.items()}
-        return _from_folder(name, "shipped", TINY / "weights", gates, random_weights)
+    if given is None and entry is not None and not entry.repo:
+        own = Path(__file__).parent / name.replace("-", "_")
+        gates = {kind: str(own / "gates" / f"{file}.safetensors") for kind, file in entry.gates.items()}
+        return _from_folder(name, "shipped", own / "weights", gates, random_weights)
     if given is not None:
         if weights is not None and random_weights and not (given / "config.json").is_file():
             raise ModelError(f"--random-weights with --weights {given} reads its config.json, and there is none")

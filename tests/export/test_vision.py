@@ -16,9 +16,10 @@ from trimkv_edge.engine import Cursor
 from trimkv_edge.errors import ConfigError, VerificationError
 from trimkv_edge.export import check_artefact
 from trimkv_edge.export.pipeline import plan_export, run_export
-from trimkv_edge.export.vision import mixed_sample, vision_info
+from trimkv_edge.export.vision import vision_info
 from trimkv_edge.manifest import VisionInfo, load_manifest
 from trimkv_edge.mixed_stream import place
+from trimkv_edge.models.mixed_sample import mixed_sample
 from trimkv_edge.models.source import find_source
 from trimkv_edge.pictures import Picture
 from trimkv_edge.runtime.artefact import Artefact

@@ -10,15 +10,18 @@ import numpy.typing as npt
 from trimkv_edge.budget import ModelShape
 from trimkv_edge.calibration.levels import LADDER
 from trimkv_edge.calibration.lifetimes import agreement
+from trimkv_edge.calibration.mixed import mixed_streams
 from trimkv_edge.calibration.recording import Progress, record
 from trimkv_edge.calibration.replay import replay
 from trimkv_edge.calibration.request import TARGET, check_request, default_length, stack_streams, streams_at_once
 from trimkv_edge.calibration.search import Trade, first_that_holds, percent
-from trimkv_edge.calibration.streams import StreamPlan, sample_streams
+from trimkv_edge.calibration.streams import Stream, StreamPlan, sample_streams, tokens_of
 from trimkv_edge.caps import SCHEMA_VERSION, Calibration, Occupancy
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.manifest import VisionInfo
 from trimkv_edge.models.loading import LoadedModel
+from trimkv_edge.models.mixed_sample import MixedSample
 from trimkv_edge.models.source import ModelSource
 
 # How often the distance between a rung that fails and the one above is halved: replays are cheap, runs are not.
@@ -29,8 +32,8 @@ def calibrate(
     loaded: LoadedModel,
     shape: ModelShape,
     config: CacheConfig,
-    streams: Sequence[Sequence[int]],
-    held_out: Sequence[Sequence[int]],
+    streams: Sequence[Stream],
+    held_out: Sequence[Stream],
     *,
     target: float = TARGET,
     dtype: str = "float32",
@@ -48,7 +51,7 @@ def calibrate(
         loaded: the model; its gates decide.
         shape: its sizes, for bytes.
         config: settings of the exact policy (``global`` or ``layer``), without caps.
-        streams, held_out: token ids, all streams of one length.
+        streams, held_out: token ids, all streams of one length; of a model that reads pictures, with pictures.
         target: share of the exact policy's survivors to keep, mean over events and streams, in (0, 1].
         dtype: of the cache whose bytes are counted.
         text: what the streams are, for the record.
@@ -62,18 +65,24 @@ def calibrate(
         ConfigError: the settings or streams cannot be used, or no caps reach the target.
     """
     check_request(config, target, dtype)
-    ids, other = (stack_streams(part, config, loaded.rope.position_limit) for part in (streams, held_out))
+    ids, other = (
+        stack_streams([tokens_of(stream) for stream in part], config, loaded.rope.position_limit)
+        for part in (streams, held_out)
+    )
+    shown, other_shown = (
+        [one.pictures for one in part if isinstance(one, MixedSample)] for part in (streams, held_out)
+    )
     batch = streams_at_once(shape, config)
     report(f"the exact policy reads {ids.numel()} tokens")
-    seen = record(loaded.model, config, ids, batch, progress)
+    seen = record(loaded.model, config, ids, batch, progress, shown)
     report(f"the exact policy reads {other.numel()} held-out tokens")
-    exact = record(loaded.model, config, other, batch, progress)
+    exact = record(loaded.model, config, other, batch, progress, other_shown)
 
     def agree_replayed(capped: CacheConfig) -> float:
         return agreement(exact.lifetimes, replay(exact.log_beta, capped, progress), config).mean().item()
 
     def agree_run(capped: CacheConfig) -> float:
-        run = record(loaded.model, capped, other, batch, progress)
+        run = record(loaded.model, capped, other, batch, progress, other_shown)
         return agreement(exact.lifetimes, run.lifetimes, config).mean().item()
 
     report("caps of every level are replayed on the held-out tokens")
@@ -124,14 +133,17 @@ def calibrate_sample(
     config: CacheConfig,
     *,
     plan: StreamPlan | None = None,
+    vision: VisionInfo | None = None,
     target: float = TARGET,
     dtype: str = "float32",
     report: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """:func:`calibrate` on the shipped sample: 8 + 4 streams of the default length, unless ``plan`` says otherwise."""
+    """:func:`calibrate` on the shipped sample: 8 + 4 streams of the default length, unless ``plan`` says otherwise.
+    ``vision``: of a model that reads pictures, which are in the streams then."""
     check_request(config, target, dtype)
-    streams = sample_streams(source, plan or StreamPlan(default_length(config)))
+    plan = plan or StreamPlan(default_length(config))
+    streams = sample_streams(source, plan) if vision is None else mixed_streams(source, plan, vision)
     return calibrate(
         loaded,
         source.shape(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from trimkv_edge.calibration.lifetimes import Lifetimes
+from trimkv_edge.calibration.mixed import MixedReader
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.models.gated import GatedModel, chunk_positions
+from trimkv_edge.models.mixed_sample import Pixels
+from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.pool import PooledCache
 
 # ``(tokens done, tokens in all)`` of the run under way.
@@ -47,7 +50,12 @@ class _Listener(PooledCache):
 
 @torch.no_grad()
 def record(
-    model: GatedModel, config: CacheConfig, streams: Tensor, batch: int, progress: Progress | None = None
+    model: GatedModel,
+    config: CacheConfig,
+    streams: Tensor,
+    batch: int,
+    progress: Progress | None = None,
+    pictures: Sequence[list[Pixels]] = (),
 ) -> Recording:
     """Reads streams through the pooled cache, ``batch`` at a time.
 
@@ -55,6 +63,7 @@ def record(
         model: its gates decide.
         config: of a policy whose heads share a budget; with caps they are honoured, without it is the exact policy.
         streams: int64 ``[streams, tokens]``.
+        pictures: of each stream, for a model that reads them; then streams are read one by one.
 
     Raises:
         ConfigError: caps of another model.
@@ -63,14 +72,19 @@ def record(
     layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
     log_beta = torch.zeros(count, layers, tokens, heads)
     lasted, kept = [], []
+    batch = 1 if pictures else batch
     for first in range(0, count, batch):
         ids = streams[first : first + batch]
         cache = _Listener(config, layers, heads, model.head_dim, len(ids))
         cache.heard = log_beta[first : first + batch]
         lifetimes = Lifetimes(len(ids), layers * heads, tokens)
+        mixed = MixedReader(model, pictures[first]) if isinstance(model, GatedVisionModel) and pictures else None
         while cache.seen < tokens:
             part = ids[:, cache.seen : cache.seen + min(config.prefill_chunk, cache.room)]
-            model(part, chunk_positions(cache.seen, part.shape[1]), cache)
+            if mixed is None:
+                model(part, chunk_positions(cache.seen, part.shape[1]), cache)
+            else:
+                mixed.read(part, cache)
             cache.advance(part.shape[1])
             if cache.room == 0:
                 cache.evict()

@@ -11,6 +11,7 @@ from trimkv_edge.errors import ConfigError
 from trimkv_edge.evaluation.samples import SampleWriter
 from trimkv_edge.evaluation.tasks import TASKS
 from trimkv_edge.evaluation.words import WORDS
+from trimkv_edge.models.mixed_sample import MixedSample
 from trimkv_edge.models.source import ModelSource
 from trimkv_edge.models.tiny.corpus import stdlib_texts
 from trimkv_edge.runtime.chat import TEMPLATE_FILE, render_chat
@@ -19,6 +20,7 @@ from trimkv_edge.training.records import Record, local_records
 
 _CONVERSATIONS = ("multi-query", "updates", "dialogue")
 Ids = list[int]
+Stream = Ids | MixedSample
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,14 @@ class StreamPlan:
 class Streams:
     """Streams of equal length: to make caps from, and to check them on; and where they are from, in words."""
 
-    calibration: list[Ids]
-    held_out: list[Ids]
+    calibration: Sequence[Stream]
+    held_out: Sequence[Stream]
     text: str
+
+
+def tokens_of(stream: Stream) -> Ids:
+    """Token ids of a stream, placeholders of pictures among them."""
+    return stream.tokens if isinstance(stream, MixedSample) else stream
 
 
 def has_tokenizer(source: ModelSource) -> bool:

@@ -120,7 +120,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from trimkv_edge.models.source import find_source
 
     check_request(config, target, args.dtype)
-    source = find_source(args.model, args.weights, args.random_weights)
+    source = find_source(args.model, args.weights, args.random_weights, vision=True)
     shape = source.shape()
     streams = _streams(args, source, config)
     check_fits(memory_to_calibrate(shape, config), "calibration")
@@ -234,7 +234,14 @@ def _streams(args: argparse.Namespace, source: ModelSource, config: CacheConfig)
 
     length = default_length(config) if args.tokens is None else args.tokens
     plan = StreamPlan(length, args.streams, max(1, args.streams // 2), args.seed)
-    return sample_streams(source, plan) if args.text is None else text_streams(source, args.text, plan)
+    if not source.family.vision:
+        return sample_streams(source, plan) if args.text is None else text_streams(source, args.text, plan)
+    if args.text is not None:
+        raise ConfigError(f"--text has no pictures, and {source.name} reads them: leave it out for the shipped sample")
+    from trimkv_edge.calibration.mixed import mixed_streams
+    from trimkv_edge.export.vision import vision_info
+
+    return mixed_streams(source, plan, vision_info(source, ()))
 
 
 if __name__ == "__main__":
