@@ -13,6 +13,7 @@ from torch.nn import Linear
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine
 from trimkv_edge.export.layerwise import LayerwiseReference
+from trimkv_edge.export.layerwise_vision import LayerwiseVisionReference
 from trimkv_edge.export.quantization import find_scheme
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import module_bits
@@ -59,8 +60,7 @@ class _Check:
 
     @property
     def large(self) -> bool:
-        # Layer by layer, no picture is read.
-        return self.sample is None and is_large(self.loaded.info.parameters, self.manifest.cache)
+        return is_large(self.loaded.info.parameters, self.manifest.cache)
 
     @property
     def plan(self) -> list[int]:
@@ -77,7 +77,10 @@ class _Check:
         cache = self.manifest.cache
         if self.large:
             self.report("  the eager model, layer by layer")
-            return LayerwiseReference(weights, cache, tokens, self.plan, scratch, self.progress, self.scales)
+            rest = (self.plan, scratch, self.progress, self.scales)
+            if self.sample is not None:
+                return LayerwiseVisionReference(weights, cache, self.sample, *rest)
+            return LayerwiseReference(weights, cache, tokens, *rest)
         model, limit = weights.fill(weights.model), self.manifest.rope.position_limit
         if isinstance(model, GatedVisionModel):
             return vision_engine(model, cache, limit, self.scales)

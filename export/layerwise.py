@@ -20,6 +20,7 @@ from trimkv_edge.errors import StateError
 from trimkv_edge.export.reference import ReferenceWeights
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.models.attention import BACKEND_KEYWORD
+from trimkv_edge.models.family import text_decoder
 
 
 class _OneLayer:
@@ -75,17 +76,25 @@ class LayerwiseReference(Engine):
 
     @torch.no_grad()
     def _run(self, weights: ReferenceWeights, progress: Callable[[int, int], None] | None) -> FloatArray:
-        inner = weights.model.base.model
-        stream = torch.from_numpy(self._tokens).unsqueeze(0)
-        hidden = weights.fill(inner.embed_tokens)(stream)
-        angles = inner.rotary_emb(hidden, position_ids=torch.arange(stream.shape[1]).unsqueeze(0))
+        inner = text_decoder(weights.model.base)
+        hidden, angles = self._inputs(weights, torch.from_numpy(self._tokens).unsqueeze(0))
         for index, layer in enumerate(inner.layers):
-            hidden = self._run_layer(index, weights.fill(layer), hidden, angles)
+            hidden = self._behind(index, self._run_layer(index, weights.fill(layer), hidden, angles))
             if progress:
                 progress(index + 1, self.num_layers)
         last = weights.fill(inner.norm)(hidden[:, self._ends - 1])
         logits: FloatArray = weights.fill(weights.model.base.lm_head)(last)[0].numpy()
         return logits
+
+    def _inputs(self, weights: ReferenceWeights, stream: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Of the first layer: hidden states ``[1, tokens, hidden_size]`` and the rotary tables."""
+        decoder = text_decoder(weights.model.base)
+        hidden = weights.fill(decoder.embed_tokens)(stream)
+        return hidden, decoder.rotary_emb(hidden, position_ids=torch.arange(stream.shape[1]).unsqueeze(0))
+
+    def _behind(self, index: int, hidden: Tensor) -> Tensor:
+        """What the layer after ``index`` reads."""
+        return hidden
 
     def _run_layer(self, index: int, layer: torch.nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         own = self._scales and KVScales(self._scales.key[[index]], self._scales.value[[index]])
@@ -126,7 +135,7 @@ class LayerwiseReference(Engine):
 
     def state(self) -> CacheState:
         """The live entries; keys and values before an event are mapped files, not copies."""
-        return CacheState(self.seen, *self._read(), self.survivors())
+        return CacheState(self.seen, *self._read(), self.survivors(), cursor=self.cursor)
 
     def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """At an event, right before or right after it."""
