@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import parser, processor, save
+from common import parser, save
 from export_cost import export
 
 from trimkv_edge.manifest import load_manifest
@@ -134,7 +134,7 @@ def main() -> None:
     options.add_argument("--image-sizes", nargs="+", default=["512x512", "640x416", "416x640"])
     options.add_argument("--scratch", type=Path, help="where artefacts are made (default: the system's)")
     args = options.parse_args()
-    found: dict[str, Any] = {"device": processor(), "rows": [], "extrapolated": {}}
+    found: dict[str, Any] = {"rows": [], "extrapolated": {}}
     for target in args.targets:
         rows = [measure(target, layers, args) for layers in args.layers]
         found["rows"] += rows
@@ -144,7 +144,7 @@ def main() -> None:
             print(
                 f"{target:<11} {row['layers']} layers: peak {row['peak_rss_bytes'] / 2**30:.2f} GiB, {row['file_bytes']}"
             )
-    save(args.output, found)
+    save(args.output, "vision_slice", found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""200 pictures and 20,000 tokens of text in one stream: the same survivors in every engine, what is answered, and RSS.
+
+    python benchmarks/mixed_stream.py                    # policies global and trimkv, 64 entries per head
+
+A stream has five parts and is never reset: each shows 5 pictures and states 5 facts, then comes text with 35 more
+pictures in it, and then 10 questions about the part's first pictures and facts, about 4,500 tokens later. Every engine
+reads each stream in a process of its own, encodes its pictures itself, one by one as the stream comes to them, and is
+fed the true answers. Survivors are compared after every eviction event, answers by the greedy token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import exported, parser, rss, save
+
+from trimkv_edge.manifest import load_manifest
+from trimkv_edge.mixed_engine import MixedEngine
+from trimkv_edge.models.loading import load_model
+from trimkv_edge.models.source import find_source
+from trimkv_edge.models.tiny.data import ANSWER
+from trimkv_edge.models.tiny_vl.dialogues import ROW, SEEN, Mixed
+from trimkv_edge.models.tiny_vl.late import late_dialogue
+from trimkv_edge.models.tiny_vl.patches import cut_many
+from trimkv_edge.models.tiny_vl.tokenizer import IMAGE_PAD, load_tokenizer
+from trimkv_edge.models.vision_engine import vision_engine
+from trimkv_edge.pictures import IMAGE, VIDEO
+from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.engines import load_engine
+
+PARTS, EARLY, FACTS, OTHERS, QUESTIONS, LENGTH = 5, 5, 5, 35, 10, 4750
+SIZES = ("64x64", "96x64", "64x96", "64x32", "32x32")
+EVERY = 1000  # tokens between two looks at the process's memory
+
+
+@dataclass
+class Stream:
+    """Ids, their kinds, and the pictures by where their rows begin."""
+
+    ids: list[int]
+    kinds: list[int]
+    shown: dict[int, Any]
+
+
+def stream(seed: int) -> Stream:
+    """All parts of one stream."""
+    out = Stream([], [], {})
+    for part in range(PARTS):
+        rng = random.Random(f"mixed stream {seed} {part}")
+        dialogue: Mixed = late_dialogue(rng, LENGTH, EARLY, FACTS, QUESTIONS, OTHERS, held_out=True)
+        out.shown |= {len(out.ids) + shown.start: shown for shown in dialogue.shown}
+        out.ids += dialogue.ids
+        out.kinds += dialogue.kinds
+    return out
+
+
+def read(engine: MixedEngine, text: Stream) -> dict[str, Any]:
+    """Reads a stream to its end."""
+    image = load_tokenizer().token_to_id(IMAGE_PAD)
+    engine.reset()
+    starts = sorted(text.shown)
+    asked = [at for at, kind in enumerate(text.kinds) if kind in (SEEN, ANSWER)]
+    digests, right, memory = [], [], []
+    for end in [*asked, len(text.ids)]:
+        logits = np.empty(0)
+        while engine.seen < end:
+            if engine.room == 0:
+                engine.evict()
+                held = np.sort(engine.survivors(), -1)
+                digests.append(hashlib.sha256(held.tobytes()).hexdigest())
+            step = min(engine.room, engine.config.prefill_chunk, end - engine.seen)
+            while starts and starts[0] < engine.seen + step:
+                shown = text.shown[starts[0]]
+                patches, down, across = cut_many(shown.pixels[None])
+                kind = IMAGE if text.ids[starts.pop(0)] == image else VIDEO
+                engine.show(engine.encode(kind, patches[0].numpy(), np.array([[1, down, across]])))
+            if engine.seen // EVERY != (engine.seen + step) // EVERY:
+                memory.append((engine.seen, rss()))
+            logits = engine.prefill(text.ids[engine.seen : engine.seen + step])
+        if end < len(text.ids):
+            right.append((text.kinds[end] == SEEN, int(logits.argmax()) == text.ids[end]))
+    return {
+        "tokens": len(text.ids),
+        "picture_rows": text.kinds.count(ROW),
+        "pictures": len(text.shown),
+        "digests": digests,
+        "answers": right,
+        "rss": memory,
+    }
+
+
+def slope(memory: list[tuple[int, int]]) -> float:
+    """Bytes per token of the line through all looks at the memory but the first quarter's."""
+    later = np.array(memory[len(memory) // 4 :], np.float64)
+    return float(np.polyfit(later[:, 0], later[:, 1], 1)[0])
+
+
+def inside(folder: Path, name: str, seeds: int, threads: int) -> list[dict[str, Any]]:
+    """All streams in one engine, in this process."""
+    torch.set_num_threads(threads)
+    artefact = Artefact.load(folder, verify=False)
+    engine: Any
+    if name == "eager":
+        source = find_source("tiny-vl", vision=True)
+        engine = vision_engine(load_model(source, artefact.manifest.gates.kind).model, artefact.manifest.cache)
+    else:
+        engine = load_engine(artefact, name, threads)
+    return [read(engine, stream(seed)) for seed in range(seeds)]
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What all engines did."""
+    first = next(iter(found.values()))
+    rows: dict[str, Any] = {
+        "streams": len(first),
+        "tokens": [run["tokens"] for run in first],
+        "pictures": [run["pictures"] for run in first],
+        "picture_rows": [run["picture_rows"] for run in first],
+        "events": sum(len(run["digests"]) for run in first),
+        "engines": {},
+    }
+    for name, runs in found.items():
+        answers = [tuple(answer) for run in runs for answer in run["answers"]]
+        pairs = [(a, b) for run, own in zip(runs, first, strict=True) for a, b in zip(run["digests"], own["digests"])]
+        rows["engines"][name] = {
+            "events_with_the_same_survivors": sum(a == b for a, b in pairs),
+            "answers_as_eager": sum(
+                a == b for run, own in zip(runs, first, strict=True) for a, b in zip(run["answers"], own["answers"])
+            ),
+            "picture": [sum(r for seen, r in answers if seen), sum(seen for seen, _ in answers)],
+            "text": [sum(r for seen, r in answers if not seen), sum(not seen for seen, _ in answers)],
+            "rss_slope_bytes_per_token": [round(slope(run["rss"]), 2) for run in runs],
+            "rss_mib": [round(run["rss"][-1][1] / 2**20, 1) for run in runs],
+        }
+    return rows
+
+
+def main() -> None:
+    """Command line entry."""
+    options = parser(__doc__, "mixed_stream")
+    options.add_argument("--engines", nargs="+", default=["onnx", "executorch"])
+    options.add_argument("--policies", nargs="+", default=["global", "trimkv"])
+    options.add_argument("--budget", type=int, default=64)
+    options.add_argument("--streams", type=int, default=4)
+    options.add_argument(
+        "--inside", nargs=3, metavar=("ARTEFACT", "ENGINE", "FILE"), help="one engine, in this process"
+    )
+    args = options.parse_args()
+    if args.inside:
+        folder, name, file = args.inside
+        Path(file).write_text(json.dumps(inside(Path(folder), name, args.streams, args.threads)), encoding="utf-8")
+        return
+    rows = []
+    for policy in args.policies:
+        settings = {"model": "tiny-vl", "policy": policy, "budget": str(args.budget), "buffer": 32, "prefill_chunk": 32}
+        with exported(**settings, targets=tuple(args.engines), image_sizes=SIZES) as folder:
+            cache = load_manifest(folder, verify_files=False).bytes.cache
+            found = {}
+            for name in ["eager", *args.engines]:
+                with tempfile.NamedTemporaryFile(suffix=".json") as out:
+                    command = [sys.executable, __file__, "--inside", str(folder), name, out.name]
+                    command += ["--streams", str(args.streams), "--threads", str(args.threads)]
+                    subprocess.run(command, check=True)
+                    found[name] = json.loads(Path(out.name).read_text(encoding="utf-8"))
+        row = {"policy": policy, "budget": args.budget, "buffer": 32, "cache_bytes": cache, **summary(found)}
+        print(json.dumps(row, indent=1))
+        rows.append(row)
+    save(args.output, "mixed_stream", rows)
+
+
+if __name__ == "__main__":
+    main()
