@@ -118,6 +118,12 @@ def inside(folder: Path, name: str, seeds: int, threads: int) -> list[dict[str, 
     return [read(engine, stream(seed)) for seed in range(seeds)]
 
 
+def alike(runs: list[dict[str, Any]], others: list[dict[str, Any]], what: str) -> int:
+    """How many of the things of one kind are the same in both."""
+    pairs = (zip(run[what], own[what], strict=True) for run, own in zip(runs, others, strict=True))
+    return sum(one == other for pair in pairs for one, other in pair)
+
+
 def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What all engines did."""
     first = next(iter(found.values()))
@@ -131,15 +137,13 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
     for name, runs in found.items():
         answers = [tuple(answer) for run in runs for answer in run["answers"]]
-        pairs = [(a, b) for run, own in zip(runs, first, strict=True) for a, b in zip(run["digests"], own["digests"])]
         rows["engines"][name] = {
-            "events_with_the_same_survivors": sum(a == b for a, b in pairs),
-            "answers_as_eager": sum(
-                a == b for run, own in zip(runs, first, strict=True) for a, b in zip(run["answers"], own["answers"])
-            ),
+            "events_with_the_same_survivors": alike(runs, first, "digests"),
+            "answers_as_eager": alike(runs, first, "answers"),
             "picture": [sum(r for seen, r in answers if seen), sum(seen for seen, _ in answers)],
             "text": [sum(r for seen, r in answers if not seen), sum(not seen for seen, _ in answers)],
-            "rss_slope_bytes_per_token": [round(slope(run["rss"]), 2) for run in runs],
+            # The first stream warms allocators up.
+            "rss_slope_bytes_per_token": [round(slope(run["rss"]), 2) for run in runs[1:] or runs],
             "rss_mib": [round(run["rss"][-1][1] / 2**20, 1) for run in runs],
         }
     return rows

@@ -141,9 +141,8 @@ def main() -> None:
         if len(rows) > 1:
             found["extrapolated"][target] = extrapolated(rows)
         for row in rows:
-            print(
-                f"{target:<11} {row['layers']} layers: peak {row['peak_rss_bytes'] / 2**30:.2f} GiB, {row['file_bytes']}"
-            )
+            peak = row["peak_rss_bytes"] / 2**30
+            print(f"{target:<11} {row['layers']} layers: peak {peak:.2f} GiB, {row['file_bytes']}")
     save(args.output, "vision_slice", found)
 
 

@@ -13,7 +13,8 @@
 T is the only dynamic size. Where heads share a budget, ``live`` counts the tokens since the last event and some methods
 differ, see :mod:`trimkv_edge.export.executorch_pooled`. All methods that a runner uses must be loaded before the first
 runs. Facts about the model are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids``, ...) and
-``get_trimkv_*``.
+``get_trimkv_*``. Of a model that reads pictures ``forward`` takes rows instead of ids: see
+:mod:`trimkv_edge.export.executorch_vision`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,15 @@ from trimkv_edge.export.executorch_parts import PackedParts
 from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
 from trimkv_edge.export.executorch_pooled_attention import PooledLlamaStep, PooledPortableStep
 from trimkv_edge.export.executorch_quantize import traceable
+from trimkv_edge.export.executorch_vision import (
+    VISION,
+    RowsForward,
+    check_sizes,
+    decoder_part,
+    picture_constants,
+    trace_encoders,
+    trace_rows,
+)
 from trimkv_edge.export.executorch_weights import LateWeights
 from trimkv_edge.export.quantization import none
 from trimkv_edge.export.quantization.base import Scheme
@@ -52,6 +62,7 @@ from trimkv_edge.export.quantization.bits import stored_bytes
 from trimkv_edge.export.resume import RESUMABLE, Numbers, kept_folder, owned
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.skeleton import Weights, filled, model_weights
 from trimkv_edge.policies.base import MODEL
 
@@ -80,11 +91,12 @@ def export_executorch(
     ops: str = "xnnpack",
     scheme: Scheme = none.SCHEME,
     weights: Weights | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
     metadata: dict[str, int | list[int]] | None = None,
     numbers: Numbers | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Target:
-    """Writes ``model.pte`` into ``folder``, through a temporary name.
+    """Writes ``model.pte``, and ``vision.pte`` for a model that reads pictures, into ``folder``, through temporary names.
 
     Args:
         model: float32, on the CPU; it may be hollow if ``weights`` are given.
@@ -93,6 +105,7 @@ def export_executorch(
         ops: ``xnnpack`` (XNNPACK delegate and ExecuTorch's llama operators) or ``portable`` (core kernels only).
         scheme: how weights are stored; all but ``none`` need ``xnnpack``.
         weights: the model's values by parameter name, read layer by layer; by default those it has.
+        sizes: of pictures, (patches down, patches across), for a :class:`GatedVisionModel`.
         metadata: more constant methods, such as ``get_eos_ids``.
         numbers: how far packing is, and whether weights that an interrupted export packed are used; tracing and
             lowering are done again.
@@ -103,6 +116,7 @@ def export_executorch(
         VerificationError: the program would compute wrongly or copy the cache.
     """
     check_settings(model, config, ops, scheme)
+    check_sizes(model, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = numbers or Numbers()
     with (
@@ -115,18 +129,30 @@ def export_executorch(
             ops=ops,
             scheme=scheme,
             weights=weights,
+            sizes=sizes,
             metadata=metadata,
             numbers=numbers,
             progress=progress,
             parts=PackedParts(kept or Path(scratch), keep=kept is not None),
         )
-        temporary = Path(scratch) / PROGRAM
-        with temporary.open("wb") as stream:
-            program.write_to_file(stream)
-        os.replace(temporary, folder / PROGRAM)
+        files = {"program": PROGRAM}
+        _write(program, Path(scratch) / PROGRAM)
+        if isinstance(model, GatedVisionModel):
+            del program  # XNNPACK's bytes of the decoder
+            files["vision"] = VISION
+            parts = PackedParts(Path(scratch))
+            encoder = build_vision(model, sizes, ops=ops, weights=weights, progress=progress, parts=parts)
+            _write(encoder, Path(scratch) / VISION)
+        for name in files.values():
+            os.replace(Path(scratch) / name, folder / name)
         if kept is not None:
             shutil.rmtree(kept)
-    return Target("executorch", ops, {"program": PROGRAM})
+    return Target("executorch", ops, files)
+
+
+def _write(program: Any, path: Path) -> None:
+    with path.open("wb") as stream:
+        program.write_to_file(stream)
 
 
 def build_program(
@@ -136,6 +162,7 @@ def build_program(
     ops: str = "xnnpack",
     scheme: Scheme = none.SCHEME,
     weights: Weights | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
     metadata: dict[str, int | list[int]] | None = None,
     numbers: Numbers | None = None,
     progress: Callable[[str], None] | None = None,
@@ -148,7 +175,11 @@ def build_program(
     check_settings(model, config, ops, scheme)
     weights = weights or model_weights(model)
     numbers, parts = numbers or Numbers(), parts or PackedParts()
+    metadata = dict(metadata or {})
     with _quiet():
+        if isinstance(model, GatedVisionModel):
+            metadata |= picture_constants(model, sizes)
+            model = decoder_part(model)
         if ops == "xnnpack":
             traced = traceable(model, weights, scheme)
             model, late = traced.model, LateWeights(traced.late, "model", parts, numbers.progress)
@@ -156,8 +187,42 @@ def build_program(
             model, late = filled(model, weights), LateWeights({}, "model", parts)
         if done := parts.done():
             numbers.go_on(done, late.total)
-        program = _lower(model, late, config, ops, metadata or {}, progress or (lambda _: None))
+        program = _lower(model, late, config, ops, metadata, progress or (lambda _: None))
     check_program(program, ops)
+    return program
+
+
+def build_vision(
+    model: GatedVisionModel,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    ops: str = "xnnpack",
+    weights: Weights | None = None,
+    progress: Callable[[str], None] | None = None,
+    parts: PackedParts | None = None,
+) -> Any:
+    """The program of the vision encoder before it is saved; arguments as for :func:`build_program`. Its weights are
+    float32, whatever the decoder's are."""
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    check_sizes(model, sizes)
+    (progress or (lambda _: None))("executorch: vision encoder")
+    with _quiet():
+        traced = trace_encoders(model, weights or model_weights(model), sizes, late=ops == "xnnpack")
+        late = LateWeights(traced.late, "visual", parts or PackedParts())
+        with late.packing():
+            lowered = to_edge_transform_and_lower(
+                traced.programs,
+                partitioner={name: partitioners(ops) for name in traced.programs},
+                constant_methods=picture_constants(model, sizes),
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            )
+        for name in traced.programs:
+            late.fill(lowered.exported_program(name))
+        late.check_used(traced.visual)
+        program = lowered.to_executorch()
+    if ops == "portable":
+        check_program(program, ops)
     return program
 
 
@@ -201,7 +266,7 @@ def _lower(
     form = FORMS[ops][config.caps is not None]
     cache = form.cache(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
     say("executorch: graphs")
-    programs = trace_methods(cache, Forward(model.eval(), cache, form.step))
+    programs = trace_methods(cache, model.eval(), form.step)
     say("executorch: lowering")
     with late.packing():
         lowered = to_edge_transform_and_lower(
@@ -238,33 +303,40 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace_methods(cache: ExportCache | PooledExportCache, forward: Forward) -> dict[str, ExportedProgram]:
+def trace_methods(
+    cache: ExportCache | PooledExportCache, model: GatedModel, step: Callable[[Any, Tensor, int], Step]
+) -> dict[str, ExportedProgram]:
     """``torch.export`` of every method over one cache."""
     most = cache.config.prefill_chunk
-    number = torch.zeros(1, dtype=torch.int64)
-    chunk = min(most, 3)
-    tokens = {1: Dim("T", min=1, max=most)} if chunk > 1 else None
     with torch.no_grad():
-        programs = {
-            "forward": export(
-                forward,
-                (torch.zeros(1, chunk, dtype=torch.int64), number, number.clone()),
-                dynamic_shapes=(tokens, None, None),
-                strict=False,
-            )
-        }
+        if isinstance(model, GatedVisionModel):
+            programs = trace_rows(RowsForward(model, cache, step), most)
+        else:
+            programs = {"forward": _trace_forward(Forward(model, cache, step), most)}
         for name, args in cache.examples().items():
             programs[name] = export(CacheMethod(cache, name), args, strict=False)
     return programs
 
 
+def _trace_forward(forward: Forward, most: int) -> ExportedProgram:
+    number, chunk = torch.zeros(1, dtype=torch.int64), min(most, 3)
+    tokens = {1: Dim("T", min=1, max=most)} if chunk > 1 else None
+    return export(
+        forward,
+        (torch.zeros(1, chunk, dtype=torch.int64), number, number.clone()),
+        dynamic_shapes=(tokens, None, None),
+        strict=False,
+    )
+
+
 def partitioners(ops: str) -> list[Any]:
-    """What takes over parts of ``forward``: XNNPACK, but for views of the cache and ``exp``; ``portable``: nothing."""
+    """What takes over parts of ``forward``: XNNPACK, but for views of the cache, ``exp`` and ``gelu``; ``portable``:
+    nothing."""
     if ops == "portable":
         return []
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
     from executorch.backends.xnnpack.partition.config.gemm_configs import LinearConfig
-    from executorch.backends.xnnpack.partition.config.generic_node_configs import ExpConfig, ViewCopyConfig
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import ExpConfig, GeluConfig, ViewCopyConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.utils.quant_utils import is_dequant, tag_as_implicit_q_dq
 
@@ -284,8 +356,9 @@ def partitioners(ops: str) -> list[Any]:
             tag_as_implicit_q_dq(weight)
             return True, [weight, *weight.all_input_nodes]
 
-    # XNNPACK's exp is off by up to 4e-6 (relative, growing with |x|); it would blur the ranking of log-betas.
-    replaced = (ExpConfig, ViewCopyConfig, LinearConfig)
+    # XNNPACK's exp is off by up to 4e-6 (relative, growing with |x|); it would blur the ranking of log-betas. Its gelu
+    # moves a vision encoder's rows by 5e-4, 400 times as far as the rest of the graph does.
+    replaced = (ExpConfig, GeluConfig, ViewCopyConfig, LinearConfig)
     configs = [config for config in ALL_PARTITIONER_CONFIGS if config not in replaced]
     return [XnnpackPartitioner(configs=[*configs, ActivationViews, LinearOrWeightOnly])]
 

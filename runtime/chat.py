@@ -17,7 +17,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
 
     Args:
         template: text of a ``chat_template.jinja``.
-        messages: ``{"role": "user", "content": "..."}`` and so on, oldest first.
+        messages: ``{"role": "user", "content": "..."}`` and so on, oldest first; with pictures see :func:`content_of`.
         tokens: special tokens that templates name, such as ``{"bos_token": "<s>"}``.
 
     Raises:
@@ -52,3 +52,15 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tokens: Ma
 def _tojson(value: Any, indent: int | None = None) -> str:
     # Jinja's own filter escapes HTML characters.
     return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def content_of(kinds: Sequence[str], text: str) -> str | list[dict[str, str]]:
+    """The content of a message as templates of models that read pictures expect it; without pictures the plain text.
+
+    Args:
+        kinds: of the pictures before the text: ``image`` or ``video``.
+        text: of the message.
+    """
+    if not kinds:
+        return text
+    return [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]

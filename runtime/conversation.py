@@ -7,11 +7,14 @@ from contextlib import suppress
 from typing import Any
 
 from trimkv_edge.errors import ArtefactError, ConfigError, SessionError
+from trimkv_edge.manifest import VisionInfo
 from trimkv_edge.runtime.artefact import Artefact
-from trimkv_edge.runtime.chat import TEMPLATE_FILE, render_chat
+from trimkv_edge.runtime.chat import TEMPLATE_FILE, content_of, render_chat
 from trimkv_edge.runtime.sampling import SamplingParams
 from trimkv_edge.runtime.session import Piece, Session
 from trimkv_edge.runtime.tokenizer import TextTokenizer
+from trimkv_edge.runtime.vision import Shown
+from trimkv_edge.runtime.vision_text import PictureText, Reading, finish_picture
 
 # Stands for an answer in a rendered template: the stream has the answer's own tokens.
 _ANSWER = "\ue000answer\ue001"
@@ -32,6 +35,7 @@ class Conversation:
         stop_ids: tokens that end an answer.
         special_tokens: names that templates use, see :meth:`Artefact.special_tokens`.
         system: the system prompt; None: the template's own, if it has one.
+        vision: of the artefact's manifest; None: a text model.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class Conversation:
         stop_ids: Sequence[int],
         special_tokens: Mapping[str, str] | None = None,
         system: str | None = None,
+        vision: VisionInfo | None = None,
     ) -> None:
         self.session = session
-        self._tokenizer, self._template = tokenizer, template
+        self._texts, self._template = PictureText(tokenizer, vision), template
         self._stop_ids, self._special = list(stop_ids), dict(special_tokens or {})
         self._system: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.turns = 0
@@ -68,6 +73,7 @@ class Conversation:
             info.eos_token_ids,
             artefact.special_tokens(),
             system,
+            artefact.manifest.vision,
         )
 
     def ask(
@@ -76,44 +82,54 @@ class Conversation:
         max_new_tokens: int = 512,
         sampling: SamplingParams = _GREEDY,
         stop_strings: Sequence[str] = (),
+        shown: Sequence[Shown] = (),
     ) -> Iterator[Piece]:
-        """Reads a message and answers it, one piece per token.
+        """Reads a message, behind the pictures that it shows, and answers it, one piece per token.
 
         The iterator may be left at any token: what was said until then is the answer. Before a message is read the
         place is marked, so that :meth:`undo` finds it.
 
         Raises:
-            ConfigError: at the call: an empty message, or a setting out of range.
+            ConfigError: at the call: an empty message, a setting out of range, pictures for a text model, or a message
+                that contains the token of a picture's place.
             ArtefactError: the template fails, or does not show answers.
             PositionLimitError: the message does not fit before the last position; nothing was read.
         """
         if not text.strip():
             raise ConfigError("the message is empty: say something")
-        tokens = self.tokens_of(text)
+        reading = self.reading_of(content_of([one.kind for one in shown], text), shown)
         self.session.checkpoint()
         try:
-            self.session.feed(tokens)
+            for _ in reading.feeding(self.session):
+                pass
             pieces = self.session.generate(max_new_tokens, sampling, self._stop_ids, stop_strings)
         except BaseException:
             # Half a turn is worse than none; without checkpoints it stays.
             with suppress(SessionError):
                 self.session.rewind()
+            finish_picture(self.session)
             raise
         self.turns += 1
         return pieces
 
-    def tokens_of(self, text: str) -> list[int]:
-        """What the stream lacks before the answer to ``text`` can be given."""
-        user = {"role": "user", "content": text}
+    def reading_of(self, content: str | list[dict[str, str]], shown: Sequence[Shown] = ()) -> Reading:
+        """What the stream lacks before the answer to a message can be given; errors as of :meth:`ask`.
+
+        Args:
+            content: of the message, see :func:`~trimkv_edge.runtime.chat.content_of`.
+            shown: its pictures, in order.
+        """
+        for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
+            self._texts.check_plain(text)
+        user = {"role": "user", "content": content}
         if not self.turns:
-            return self._tokenizer.encode(self._render([*self._system, user]), add_special_tokens=False)
+            return self._texts.encode(self._render([*self._system, user]), shown)
         earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
         head, mark, rest = self._render([*self._system, *earlier, user]).rpartition(_ANSWER)
         if not mark or _ANSWER in head:
             raise ArtefactError(f"{TEMPLATE_FILE} does not show an earlier answer once, so turns cannot be added to it")
-        tokens = self._tokenizer.encode(rest, add_special_tokens=False)
         # An answer that the model ended itself has its closing token already.
-        return tokens[1:] if tokens[:1] == [self.session.pending] else tokens
+        return self._texts.encode(rest, shown, drop=self.session.pending)
 
     def undo(self, turns: int = 1) -> None:
         """Takes back the newest turns; raises what :meth:`Session.rewind` does, and then nothing changed."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,16 +80,26 @@ def read_picture(source: Path | bytes, limits: PictureLimits | None = None, name
     name = name or (str(source) if isinstance(source, Path) else "the picture")
     name = name if name.isprintable() else ascii(name)
     try:
-        data = _read(source, limits) if isinstance(source, Path) else source
-        if len(data) > limits.file_bytes:
-            raise PictureError(_over(len(data), limits))
-        if not data:
-            raise PictureError("is empty")
-        header = read_header(data)
-        _check_size(header.width, header.height, limits)
+        data, header = checked_file(source, limits)
         return DecodedPicture(_decode(data, header, limits), header.animated)
     except PictureError as error:
         raise PictureError(f"{name} {error}") from error
+
+
+def checked_file(source: Path | bytes, limits: PictureLimits) -> tuple[bytes, Header]:
+    """What a picture file holds, and its header.
+
+    Raises:
+        PictureError: not a picture file, or over a limit; the message lacks the file's name.
+    """
+    data = _read(source, limits) if isinstance(source, Path) else source
+    if len(data) > limits.file_bytes:
+        raise PictureError(_over(len(data), limits))
+    if not data:
+        raise PictureError("is empty")
+    header = read_header(data)
+    _check_size(header.width, header.height, limits)
+    return data, header
 
 
 def _read(path: Path, limits: PictureLimits) -> bytes:
@@ -121,6 +133,19 @@ def _check_size(width: int, height: int, limits: PictureLimits) -> None:
 
 
 def _decode(data: bytes, header: Header, limits: PictureLimits) -> Image:
+    with guarded(header), open_image(data, header, limits) as image:
+        image.load()
+        return to_rgb(_upright(image))
+
+
+@contextmanager
+def guarded(header: Header) -> Iterator[None]:
+    """A block in which Pillow decodes: no other one runs at the same time, and warnings are off.
+
+    Raises:
+        PictureError: for whatever Pillow raises; the message lacks the file's name.
+        TrimKVError: Pillow is not installed.
+    """
     try:
         # Named, or Pillow would look for them among the readers of all its formats.
         from PIL import (  # noqa: F401
@@ -131,23 +156,28 @@ def _decode(data: bytes, header: Header, limits: PictureLimits) -> Image:
             UnidentifiedImageError,
             WebPImagePlugin,
         )
-        from PIL import Image as pillow
     except ImportError as error:
         raise TrimKVError(f"pictures need Pillow ({error}): pip install 'trimkv-edge[vision]'") from error
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with pillow.open(io.BytesIO(data), formats=[header.format]) as image:
-                # A file can hold two headers.
-                _check_size(*image.size, limits)
-                image.load()
-                return _rgb(_upright(image))
+            yield
         except PictureError:
             raise
         except UnidentifiedImageError as error:
             raise PictureError(f"is damaged: its {header.format} header cannot be read") from error
         except Exception as error:  # Pillow's readers raise what their mistakes happen to be, of every kind
             raise PictureError(f"is damaged or not supported ({first_line(error)}): save it again as PNG") from error
+
+
+def open_image(data: bytes, header: Header, limits: PictureLimits) -> Image:
+    """The file in Pillow, not decoded yet; in a :func:`guarded` block."""
+    from PIL import Image as pillow
+
+    image = pillow.open(io.BytesIO(data), formats=[header.format])
+    # A file can hold two headers.
+    _check_size(*image.size, limits)
+    return image
 
 
 def _upright(image: Image) -> Image:
@@ -170,7 +200,8 @@ def _upright(image: Image) -> Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image) -> Image:
+def to_rgb(image: Image) -> Image:
+    """Mode RGB: transparent parts on white, the upper 8 of 16 bits."""
     from PIL import Image as pillow
 
     clear = image.info.get("transparency")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -109,6 +110,7 @@ class Sampler:
         logits: npt.ArrayLike,
         seen: npt.NDArray[np.bool_] | None = None,
         allowed: npt.NDArray[np.bool_] | None = None,
+        never: Sequence[int] = (),
     ) -> int:
         """The next token.
 
@@ -116,6 +118,7 @@ class Sampler:
             logits: ``[vocab_size]``.
             seen: bool ``[vocab_size]``, tokens that the repetition penalty applies to.
             allowed: bool ``[vocab_size]``, tokens to choose from; None: all.
+            never: tokens that are not chosen, whatever is allowed.
 
         Raises:
             StateError: the logits hold NaN or no finite value, or nothing is allowed.
@@ -128,8 +131,10 @@ class Sampler:
             scores = penalise(scores, seen, self.params.repetition_penalty)
         if allowed is not None:
             scores[~allowed] = -np.inf
-            if not np.isfinite(scores.max()):
-                raise StateError("no token is allowed to follow: the constraint leaves nothing to choose from")
+        if never:
+            scores[list(never)] = -np.inf
+        if (allowed is not None or never) and not np.isfinite(scores.max()):
+            raise StateError("no token is allowed to follow: the constraint leaves nothing to choose from")
         if self.params.temperature == 0.0:
             return int(scores.argmax())  # the first, that is lowest, of equal ones
         probabilities = filter_logits(scores, self.params)

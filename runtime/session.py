@@ -6,17 +6,17 @@ import os
 import warnings
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trimkv_edge.budget import ModelShape, cache_bytes
 from trimkv_edge.engine import CacheState, Engine, FloatArray, IntArray
 from trimkv_edge.errors import ConfigError, PositionLimitError, SessionError, StateError
 from trimkv_edge.kv_scales import KVScales
+from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.constraint import Constraint
 from trimkv_edge.runtime.engines import load_engine
@@ -24,7 +24,7 @@ from trimkv_edge.runtime.interrupts import Uninterrupted
 from trimkv_edge.runtime.place import Checkpoints, Place
 from trimkv_edge.runtime.sampling import Sampler, SamplingParams
 from trimkv_edge.runtime.session_file import Origin, Record, SessionFile, artefact_scales, check_fits, read_session
-from trimkv_edge.runtime.statistics import SessionStatistics, peak_rss_bytes, rss_bytes
+from trimkv_edge.runtime.statistics import SessionStatistics, float32_cache, peak_rss_bytes, per_second, rss_bytes
 from trimkv_edge.runtime.streaming import TextDecoder, TextStream
 
 Progress = Callable[[int, int], None]
@@ -82,7 +82,9 @@ class Session:
         self.tokenizer = tokenizer
         self._trained_positions = trained_positions
         self._limit_hint = limit_hint
-        self._cache_bytes = _float32_cache(engine) if cache_size is None else cache_size
+        # They stand for rows that no picture has.
+        self._never = tuple(engine.placeholders) if isinstance(engine, MixedEngine) else ()
+        self._cache_bytes = float32_cache(engine) if cache_size is None else cache_size
         self._origin, self._scales = origin, scales
         self._checkpoints = Checkpoints(checkpoints)
         self._note_tokens = note_tokens
@@ -285,18 +287,26 @@ class Session:
             if progress:
                 progress(done, total)
 
-    def feeding(self, tokens: npt.ArrayLike) -> Iterator[tuple[int, int]]:
-        """:meth:`feed` step by step: reads a chunk whenever the next (tokens read, tokens in all) is asked for."""
+    def feeding(
+        self, tokens: npt.ArrayLike, before: Mapping[int, Callable[[], None]] | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """:meth:`feed` step by step: reads a chunk whenever the next (tokens read, tokens in all) is asked for.
+
+        ``before``: what to call when the engine has come to these places in ``tokens``, counted as reading.
+        """
         ids = self._checked(tokens)
         given = ids.size
         if self._pending is not None:
             ids = np.concatenate([[self._pending], ids])
         self._check_limit(ids.size)
+        calls = {place + ids.size - given: call for place, call in (before or {}).items()}
         self._waited_s, done = 0.0, 0
         yield 0, ids.size
         while done < ids.size:
             started = perf_counter()
-            count = self._step(ids[done:])
+            if done in calls:
+                calls.pop(done)()
+            count = self._step(ids[done : min(calls, default=ids.size)])
             done += count
             spent = perf_counter() - started
             self._prefilled += count
@@ -401,7 +411,7 @@ class Session:
                 self._decode_s += perf_counter() - started
             assert self._logits is not None  # generate() checked it
             allowed = None if constraint is None else constraint.allowed()
-            token = sampler.sample(self._logits, self._seen_tokens, allowed)
+            token = sampler.sample(self._logits, self._seen_tokens, allowed, self._never)
             if constraint is not None:
                 constraint.accept(token)
             self._pending = token
@@ -426,8 +436,8 @@ class Session:
             new_tokens=self._new_tokens,
             position=self.engine.seen,
             ttft_s=self._ttft_s,
-            prefill_tokens_per_s=_rate(self._prefilled, self._prefill_s),
-            decode_tokens_per_s=_rate(self._decoded, self._decode_s),
+            prefill_tokens_per_s=per_second(self._prefilled, self._prefill_s),
+            decode_tokens_per_s=per_second(self._decoded, self._decode_s),
             events=self._events,
             event_s=self._event_s,
             live_entries=round(self.engine.entries / (self.engine.num_layers * self.engine.num_kv_heads)),
@@ -437,13 +447,3 @@ class Session:
             rss_bytes=rss_bytes(),
             peak_rss_bytes=peak_rss_bytes(),
         )
-
-
-def _rate(count: int, seconds: float) -> float | None:
-    return count / seconds if seconds else None
-
-
-def _float32_cache(engine: Engine) -> int:
-    # Only the cache's own dimensions count here.
-    shape = ModelShape(engine.num_layers, 0, 0, 0, engine.num_kv_heads, engine.head_dim, engine.vocab_size, 0)
-    return cache_bytes(shape, engine.config, "float32")

@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from trimkv_edge.budget import format_bytes
+from trimkv_edge.budget import ModelShape, cache_bytes, format_bytes
+from trimkv_edge.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,15 @@ def _high_water_mark() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def float32_cache(engine: Engine) -> int:
+    """Bytes of an engine's cache, if it holds float32."""
+    # Only the cache's own dimensions count here.
+    shape = ModelShape(engine.num_layers, 0, 0, 0, engine.num_kv_heads, engine.head_dim, engine.vocab_size, 0)
+    return cache_bytes(shape, engine.config, "float32")
+
+
+def per_second(count: int, seconds: float) -> float | None:
+    """None if no time was spent."""
+    return count / seconds if seconds else None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,9 +35,11 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def running(sessions: int = 2, undo: int = 0, store: Store | None = None, **settings: Any) -> Iterator[Running]:
-    """A server until the block ends."""
-    artefact = Artefact.load(text_artefact())
+def running(
+    sessions: int = 2, undo: int = 0, store: Store | None = None, folder: Path | None = None, **settings: Any
+) -> Iterator[Running]:
+    """A server until the block ends; ``folder``: of its artefact, if it is not the text one."""
+    artefact = Artefact.load(folder or text_artefact())
     pool = SlotPool.open(artefact, sessions, "onnx", 1, undo=undo, store=store)
     settings.setdefault("grammars", Grammars(artefact))
     server = uvicorn.Server(uvicorn.Config(make_app(pool, MODEL, **settings), log_level="error"))

@@ -16,9 +16,16 @@ from starlette.exceptions import HTTPException
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.runtime.constraint import Constraint, Grammars
 from trimkv_edge.runtime.server.errors import body_of, error_body, error_response, status_of
-from trimkv_edge.runtime.server.guards import BodyLimit, KeyGuard, LocalGuard
+from trimkv_edge.runtime.server.guards import (
+    LARGEST_BODY,
+    LARGEST_BODY_WITH_PICTURES,
+    BodyLimit,
+    KeyGuard,
+    LocalGuard,
+)
 from trimkv_edge.runtime.server.metrics import Metrics
 from trimkv_edge.runtime.server.page import add_page
+from trimkv_edge.runtime.server.pictures import PictureSource
 from trimkv_edge.runtime.server.pool import SlotPool
 from trimkv_edge.runtime.server.prompt import Part, Prompt
 from trimkv_edge.runtime.server.requests import ChatRequest, CompletionRequest, explain
@@ -36,6 +43,7 @@ def make_app(
     model: str,
     *,
     grammars: Grammars | None = None,
+    pictures: PictureSource | None = None,
     api_key: str | None = None,
     timeout: float = 300.0,
     waiting: int = 64,
@@ -46,6 +54,7 @@ def make_app(
         pool: the sessions; who made it closes it.
         model: the name that requests must give.
         grammars: for answers that follow a schema; None: such requests are refused.
+        pictures: where requests may take them from; None: the model reads text only.
         api_key: bearer token, asked for everywhere but where nothing is told; None: open to all programs that can
             connect, but not to web pages of other sites.
         timeout: most seconds for one answer, waiting included.
@@ -60,8 +69,8 @@ def make_app(
         raise ConfigError("the API key is empty: give at least one character")
     # Its documentation pages would load scripts from elsewhere.
     app = FastAPI(title="trimkv-serve", docs_url=None, redoc_url=None)
-    server = _Server(pool, model, grammars, timeout, waiting)
-    app.add_middleware(BodyLimit)
+    server = _Server(pool, model, grammars, pictures or PictureSource(), timeout, waiting)
+    app.add_middleware(BodyLimit, largest=LARGEST_BODY if pictures is None else LARGEST_BODY_WITH_PICTURES)
     if api_key is None:
         app.add_middleware(LocalGuard)
     else:
@@ -79,8 +88,17 @@ def make_app(
 
 
 class _Server:
-    def __init__(self, pool: SlotPool, model: str, grammars: Grammars | None, timeout: float, waiting: int) -> None:
+    def __init__(
+        self,
+        pool: SlotPool,
+        model: str,
+        grammars: Grammars | None,
+        pictures: PictureSource,
+        timeout: float,
+        waiting: int,
+    ) -> None:
         self._pool, self._model, self._grammars, self._timeout = pool, model, grammars, timeout
+        self._pictures = pictures
         self._created = int(time.time())
         self._line = Line(pool, waiting)
         self._metrics = Metrics(pool, self._line)
@@ -167,7 +185,11 @@ class _Server:
                 raise ConfigError("response_format: this server cannot hold answers to a schema: leave it out")
             # Large schemas take a moment.
             constraint = await asyncio.to_thread(self._grammars.of_schema, body.schema_wanted)
-        return Prompt(sampling, count, stops, body.messages, logprobs=body.alternatives, constraint=constraint)
+        # So do pictures.
+        gallery = await asyncio.to_thread(self._pictures.gallery, body.messages)
+        return Prompt(
+            sampling, count, stops, body.messages, logprobs=body.alternatives, constraint=constraint, gallery=gallery
+        )
 
     def _watch(self, request: Request, name: str | None) -> Client:
         client = Client(name or (request.client.host if request.client else ""))

@@ -13,7 +13,7 @@ from trimkv_edge.runtime.server.errors import body_of
 
 # A page loads before it can ask for the key.
 _OPEN = frozenset({"/healthz", "/", "/page.css", "/page.js"})
-LARGEST_BODY = 8 * 2**20
+LARGEST_BODY, LARGEST_BODY_WITH_PICTURES = 8 * 2**20, 48 * 2**20
 
 
 class KeyGuard:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +10,7 @@ from typing import NamedTuple
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.runtime.constraint import Constraint
 from trimkv_edge.runtime.sampling import SamplingParams
+from trimkv_edge.runtime.server.pictures import Gallery
 from trimkv_edge.runtime.server.requests import Message
 from trimkv_edge.runtime.server.scores import TokenScore
 
@@ -23,6 +22,7 @@ class Prompt:
     Attributes:
         logprobs: how many of the most likely tokens to name with each token; None: no probabilities at all.
         constraint: what the answer has to follow; used up by it.
+        gallery: the messages' pictures.
 
     Raises:
         ConfigError: both, or neither.
@@ -35,6 +35,7 @@ class Prompt:
     text: str | None = None
     logprobs: int | None = None
     constraint: Constraint | None = None
+    gallery: Gallery = field(default_factory=Gallery)
 
     def __post_init__(self) -> None:
         if bool(self.messages) == (self.text is not None):
@@ -43,7 +44,7 @@ class Prompt:
     @cached_property
     def earlier(self) -> str | None:
         """Digest of all messages but the newest; None for a text."""
-        return digest(self.messages[:-1]) if self.messages else None
+        return self.gallery.digest(self.messages[:-1]) if self.messages else None
 
 
 class Part(NamedTuple):
@@ -66,9 +67,3 @@ class Answer:
     @property
     def text(self) -> str:
         return "".join(part.text for part in self.parts)
-
-
-def digest(messages: Sequence[Message]) -> str:
-    """Names a list of messages by what they say."""
-    said = [[message.said_by, message.text] for message in messages]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

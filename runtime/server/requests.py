@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from trimkv_edge.runtime.sampling import SamplingParams
 
@@ -20,17 +20,45 @@ class _Strict(BaseModel):
 
 
 class TextPart(_Strict):
-    """A part of a message; images and sounds are refused."""
+    """Words of a message."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageUrl(_Strict):
+    """Where a picture is; it is always shown at the size that suits it, so there is one ``detail``."""
+
+    url: Text
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(_Strict):
+    """A picture in a message; sounds and files are refused."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+# Tagged, so that a mistake in a part is told, and not that a list is no text.
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")],
+    Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+]
 
 
 class Message(_Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
+
+    @model_validator(mode="after")
+    def _check_images(self) -> Message:
+        if self.role != "user" and self.images:
+            raise ValueError(f"messages of role {self.role} show no images: put them into one of role user")
+        return self
 
     @property
     def said_by(self) -> str:
@@ -39,8 +67,16 @@ class Message(_Strict):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The words of the content."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of its pictures, in order."""
+        parts = [] if isinstance(self.content, str) else self.content
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
 class StreamOptions(_Strict):
@@ -130,7 +166,8 @@ class ChatRequest(_Generation):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
-        if self.messages[-1].role != "user" or not self.messages[-1].text.strip():
+        last = self.messages[-1]
+        if last.role != "user" or not (last.text.strip() or last.images):
             raise ValueError("the last message must be of role user, and not empty: it is what gets answered")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
@@ -173,6 +210,7 @@ class CompletionRequest(_Generation):
 _ALLOWED: dict[str, type[BaseModel]] = {
     "messages": Message,
     "content": TextPart,
+    "image_url": ImageUrl,
     "stream_options": StreamOptions,
     "json_schema": JsonSchema,
     "response_format": JsonSchemaFormat,

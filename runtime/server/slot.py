@@ -9,17 +9,18 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from trimkv_edge.errors import ArtefactError, PositionLimitError, SessionError
+from trimkv_edge.errors import ArtefactError, ConfigError, PositionLimitError, SessionError
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.chat import render_chat
 from trimkv_edge.runtime.conversation import Conversation
-from trimkv_edge.runtime.server.prompt import Answer, Part, Prompt, digest
+from trimkv_edge.runtime.server.prompt import Answer, Part, Prompt
 from trimkv_edge.runtime.server.requests import Message
 from trimkv_edge.runtime.server.scores import score
 from trimkv_edge.runtime.server.store import Chat, Store
 from trimkv_edge.runtime.server.worker import Worker
 from trimkv_edge.runtime.session import Session
 from trimkv_edge.runtime.streaming import StopStrings
+from trimkv_edge.runtime.vision_text import PictureText, Reading
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Slot:
         self.used = 0
         self.claimed = 0.0
         self._artefact, self._tokenizer = artefact, artefact.tokenizer
+        self._texts = PictureText(artefact.tokenizer, artefact.manifest.vision)
         self._store = store
         # Digests of the messages at the session's checkpoints.
         self._marks: deque[str] = deque(maxlen=undo)
@@ -83,17 +85,18 @@ class Slot:
         Raises:
             PositionLimitError: the prompt does not fit before the last position.
             ArtefactError: there is no template, or it refuses the messages.
+            ConfigError: a text that would make a place for a picture by itself, or a damaged picture.
             Whenever it does not come to its end the session goes back to where it was, if it has a checkpoint;
             otherwise the chat is forgotten and the next request reads everything.
         """
-        tokens, goes_on = self._new_tokens(prompt)
+        reading, goes_on = self._new_tokens(prompt)
         self.read_for = self.conversation
         try:
-            for _ in self.session.feeding(tokens):
+            for _ in reading.feeding(self.session):
                 check()
                 yield None
             answer.prompt_tokens = self.session.engine.seen
-            answer.cached_tokens = answer.prompt_tokens - len(tokens)
+            answer.cached_tokens = answer.prompt_tokens - len(reading.tokens)
             for part in self._generate(prompt, answer, check):
                 answer.parts.append(part)
                 yield part
@@ -104,7 +107,7 @@ class Slot:
             raise
         if prompt.messages:
             said = Message(role="assistant", content=answer.text)
-            self.chat = Chat(self.conversation, digest([*prompt.messages, said]))
+            self.chat = Chat(self.conversation, prompt.gallery.digest([*prompt.messages, said]))
 
     def save(self) -> None:
         """Puts the chat into the store, if there are both."""
@@ -138,7 +141,7 @@ class Slot:
         assert logits is not None  # the token was drawn from them
         return (score(logits, token, prompt.logprobs, self._tokenizer.shown),)
 
-    def _new_tokens(self, prompt: Prompt) -> tuple[list[int], bool]:
+    def _new_tokens(self, prompt: Prompt) -> tuple[Reading, bool]:
         """What the cache lacks, and whether it goes on from a checkpoint."""
         held, self.chat = self.chat, None
         if held is not None and not self._is_own(held, prompt):
@@ -147,24 +150,30 @@ class Slot:
             held = None
         if prompt.text is not None:
             self._start()
-            return self._tokenizer.encode(prompt.text), False
+            return self._texts.encode(prompt.text, begins=True), False
         *earlier, last = prompt.messages
         if earlier and self._stands_behind(held, prompt):
             talk = self._conversation(prompt)
             talk.resume(1)  # for what is asked next, some turn was before
             try:
-                tokens = talk.tokens_of(last.text)
+                reading = talk.reading_of(prompt.gallery.content(last), prompt.gallery.shown([last]))
             except ArtefactError as error:
                 _LOG.info("the whole chat is read again: %s", error)
+            except ConfigError:
+                self.chat = Chat(self.conversation, str(prompt.earlier))  # as it was: only the message is wrong
+                raise
             else:
                 self.session.checkpoint()
                 self._marks.append(str(prompt.earlier))
-                return tokens, True
+                return reading, True
         self._start()
         self._conversation(prompt)  # refuses artefacts that cannot chat
-        said = [{"role": message.said_by, "content": message.text} for message in prompt.messages]
+        gallery = prompt.gallery
+        for message in prompt.messages:
+            self._texts.check_plain(message.text)
+        said = [{"role": message.said_by, "content": gallery.content(message)} for message in prompt.messages]
         text = render_chat(self._artefact.chat_template or "", said, self._artefact.special_tokens())
-        return self._tokenizer.encode(text, add_special_tokens=False), False
+        return self._texts.encode(text, gallery.shown(prompt.messages)), False
 
     def _is_own(self, held: Chat, prompt: Prompt) -> bool:
         """Whether the cache's chat is the one that is to go on; without an id only its messages can tell."""

@@ -14,6 +14,12 @@ import pytest
 from openai import OpenAI
 from running_server import answers
 from text_artefact import text_artefact
+from vision_text_artefact import noise, vision_text_artefact
+
+from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.conversation import Conversation
+from trimkv_edge.runtime.session import Session
+from trimkv_edge.runtime.vision import PictureReader
 
 COMMAND = [sys.executable, "-m", "trimkv_edge.cli.serve"]
 
@@ -86,6 +92,7 @@ def test_chats_outlive_it(tmp_path: Path) -> None:
         (["--state-dir", "x", "--saved", "0", "--port", "0", "--sessions", "1"], "at most 0 saved sessions"),
         (["--timeout", "0", "--port", "0", "--sessions", "1"], "timeout is 0.0"),
         (["--sessions", "100000000", "--port", "0"], "of memory are available"),
+        (["--image-folder", ".", "--port", "0", "--sessions", "1"], "an image folder is for models that read pictures"),
     ],
 )
 def test_what_cannot_be_is_one_line(options: list[str], told: str) -> None:
@@ -99,3 +106,28 @@ def test_a_port_in_use_is_one_line() -> None:
         server = start("--port", str(taken.getsockname()[1]))
         _, errors = server.communicate(timeout=60)
     assert (server.returncode, "Address already in use" in errors, errors.count("\n")) == (2, True, 1), errors
+
+
+def test_it_shows_pictures_of_its_folder(tmp_path: Path) -> None:
+    noise(1).save(tmp_path / "a.png")
+    options = ["--port", "0", "--sessions", "1", "--threads", "1", "--image-folder", str(tmp_path)]
+    server = start(*options, folder=vision_text_artefact())
+    try:
+        assert server.stderr is not None
+        line = next(text for text in server.stderr if text.startswith("serving"))
+        client = OpenAI(base_url=line.split()[3], api_key="none", max_retries=0)
+        content = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "what is it?"}]
+        reply = client.chat.completions.create(
+            model=line.split()[1],
+            messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+            max_tokens=12,
+        )
+        artefact = Artefact.load(vision_text_artefact())
+        shown = [PictureReader.of(artefact).image(tmp_path / "a.png")]
+        talk = Conversation.open(artefact, Session.open(artefact))
+        want = "".join(piece.text for piece in talk.ask("what is it?", 12, shown=shown))
+        assert reply.choices[0].message.content == want
+        client.close()
+    finally:
+        server.kill()
+        server.wait()

@@ -53,6 +53,7 @@ def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.artefact import Artefact
     from trimkv_edge.runtime.session import Session
     from trimkv_edge.runtime.session_file import SessionFile
+    from trimkv_edge.runtime.vision_text import Reading
 
     prompt = read_prompt(None, args.prompt_file, False)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
@@ -62,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
         session = Session.open(
             artefact, args.engine, args.threads, checkpoints=0, note_tokens=args.note_tokens, warn=warn
         )
-        feed(session, tokens, args.progress or sys.stderr.isatty())
+        feed(session, Reading(tokens), args.progress or sys.stderr.isatty())
         session.save(file)
     size = format_bytes(args.output.stat().st_size)
     print(f"saved {args.output}: {len(tokens)} tokens in {size}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
+from trimkv_edge.cli.pictures import add_video, video_settings
 from trimkv_edge.errors import TrimKVError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ examples:
 
 Each turn reads only what is new: nothing is read again, and the cache stays as large as the artefact's manifest says.
 Ctrl-C stops an answer; the chat goes on from what was said. Ctrl-D or /exit ends it. /help lists the commands:
-/stats, /kept (which words the cache still holds), /undo, /save, /load, /reset.
+/stats, /kept (which words the cache still holds), /undo, /save, /load, /reset, and for models that read pictures
+/image and /video, which show them with the next message.
 
 exit codes: 0 ended, 2 wrong input or not enough memory
 """
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--undo-depth", type=int, default=8, metavar="N", help="turns that /undo can take back (default 8; 0: none)")
     add_engine(parser)
     add_generation(parser, 512)
+    add_video(parser.add_argument_group("/video, for models that read pictures (docs/vision.md)"))
     return parser
 
 
@@ -57,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.artefact import Artefact
     from trimkv_edge.runtime.sampling import SamplingParams
+    from trimkv_edge.runtime.vision import PictureReader
 
     sampling = sampling_of(args)  # what costs nothing is checked before what costs seconds
     try:
@@ -64,7 +68,14 @@ def _run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise TrimKVError(f"trimkv-chat needs a package ({error}): pip install 'trimkv-edge[chat]'") from error
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
-    loop = ChatLoop(_conversation(artefact, args), sampling or SamplingParams(), args.max_new_tokens, stops_of(args))
+    loop = ChatLoop(
+        _conversation(artefact, args),
+        sampling or SamplingParams(),
+        args.max_new_tokens,
+        stops_of(args),
+        lambda: PictureReader.of(artefact),
+        video_settings(args),
+    )
     if args.load is not None:
         loop.load(str(args.load))
     warn_random_weights(artefact.manifest)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from prompt_toolkit import PromptSession
@@ -14,9 +16,11 @@ from rich.text import Text
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import one_line
 from trimkv_edge.errors import ConfigError, PositionLimitError, TrimKVError
+from trimkv_edge.pictures import IMAGE
 from trimkv_edge.runtime.conversation import Conversation
 from trimkv_edge.runtime.kept import held_tokens
 from trimkv_edge.runtime.sampling import SamplingParams
+from trimkv_edge.runtime.vision import PictureReader, Shown
 
 _SHOWN = 400  # tokens that /kept shows
 _BAR = 20
@@ -40,13 +44,23 @@ class ChatLoop:
     Args:
         conversation: to talk in; its session notes tokens.
         sampling, max_new_tokens, stops: of each answer.
+        reader: of the model's pictures, made when it is needed first; raises what tells why there is none.
+        video: frames for a second and most frames of a video.
     """
 
     def __init__(
-        self, conversation: Conversation, sampling: SamplingParams, max_new_tokens: int, stops: list[str]
+        self,
+        conversation: Conversation,
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        stops: list[str],
+        reader: Callable[[], PictureReader],
+        video: tuple[float, int],
     ) -> None:
         self.talk = conversation
         self._sampling, self._count, self._stops = sampling, max_new_tokens, stops
+        self._reader, self._video = reader, video
+        self._shown: list[Shown] = []  # with the next message
         self._console = Console(stderr=True, highlight=False)
         self._announced = False
 
@@ -90,7 +104,9 @@ class ChatLoop:
 
     def _answer(self, text: str) -> None:
         try:
-            for piece in self.talk.ask(text, self._count, self._sampling, self._stops):
+            pieces = self.talk.ask(text, self._count, self._sampling, self._stops, self._shown)
+            self._shown = []  # a message that was not read may be sent again with them
+            for piece in pieces:
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
         finally:
@@ -119,7 +135,7 @@ class ChatLoop:
 
     def help(self, _: str) -> None:
         for name, command in COMMANDS.items():
-            self._note(f"/{name} {command.takes}".ljust(14) + command.help)
+            self._note(f"/{name} {command.takes}".ljust(17) + command.help)
 
     def stats(self, _: str) -> None:
         self._note(f"engine    {self.talk.session.engine.name}, {self.talk.turns} turns")
@@ -145,6 +161,24 @@ class ChatLoop:
             f"{session.engine.num_layers * session.engine.num_kv_heads} heads; the last {len(held):,} are shown"
         )
 
+    def image(self, files: str) -> None:
+        self._show([self._reader().image(Path(name)) for name in _names(files, "/image")])
+
+    def video(self, path: str) -> None:
+        fps, most = self._video
+        self._show([self._reader().video(Path(name), fps, most) for name in _names(path, "/video")])
+
+    def _show(self, shown: list[Shown]) -> None:
+        self._shown += shown
+        images = sum(one.kind == IMAGE for one in self._shown)
+        videos = len(self._shown) - images
+        rows = sum(one.rows * one.groups for one in self._shown)
+        self._note(f"with the next message: {images} images, {videos} videos, {rows:,} tokens (/drop forgets them)")
+
+    def drop(self, _: str) -> None:
+        self._shown = []
+        self._note("no pictures with the next message")
+
     def undo(self, turns: str) -> None:
         self.talk.undo(_number(turns or "1", "/undo"))
         self._note(f"taken back; {self.talk.turns} turns are left")
@@ -165,7 +199,7 @@ class ChatLoop:
 
     def reset(self, _: str) -> None:
         self.talk.reset()
-        self._announced = False
+        self._announced, self._shown = False, []
         self._note("a new chat")
 
     def exit(self, _: str) -> None:
@@ -183,6 +217,17 @@ class ChatLoop:
         )
 
 
+def _names(text: str, command: str) -> list[str]:
+    """Words as in a shell, so that names may have spaces."""
+    try:
+        names = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{command} {text}: a quotation mark is not closed") from error
+    if not names:
+        raise ConfigError(f"{command} needs a file name")
+    return names
+
+
 def _number(text: str, command: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"{command} takes a whole number of at least 1, not {text!r}")
@@ -195,6 +240,9 @@ COMMANDS = {
     "kept": _Command(
         ChatLoop.kept, "[N]", "the newest tokens that are still held, brighter where more heads hold them"
     ),
+    "image": _Command(ChatLoop.image, "FILE ...", "show images with the next message"),
+    "video": _Command(ChatLoop.video, "PATH", "show a folder of frames or an animation with the next message"),
+    "drop": _Command(ChatLoop.drop, "", "show no pictures with the next message"),
     "undo": _Command(ChatLoop.undo, "[N]", "take back the last turn, or N turns"),
     "save": _Command(ChatLoop.save, "FILE", "write this chat to a file"),
     "load": _Command(ChatLoop.load, "FILE", "go on with a chat from a file"),

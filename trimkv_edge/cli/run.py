@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import add_engine, quiet_libraries, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
+from trimkv_edge.cli.pictures import add_pictures, read_pictures
 from trimkv_edge.cli.run_model import add_model, check_model, open_model
 from trimkv_edge.errors import ArtefactError, ConfigError, reason
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from trimkv_edge.runtime.artefact import Artefact
     from trimkv_edge.runtime.sampling import Sampler, SamplingParams
     from trimkv_edge.runtime.session import Session
+    from trimkv_edge.runtime.vision import Shown
+    from trimkv_edge.runtime.vision_text import Reading
 
 _EPILOG = """\
 examples:
@@ -28,6 +32,7 @@ examples:
   trimkv-run artefacts/tiny --prompt-file book.txt --max-new-tokens 64 --stats text
   cat notes.txt | trimkv-run artefacts/tiny - --stop "\\n\\n"
   trimkv-run artefacts/qwen3-4b --chat --prompt "Hello" --temperature 0.7 --top-p 0.9 --seed 1
+  trimkv-run artefacts/qwen3-vl-4b --chat --image cat.png --image dog.jpg --prompt "Which one is larger?"
   trimkv-run artefacts/tiny --session manual.session --prompt "What is the gate?" --save-session talk.session
   trimkv-run --engine torch --model tiny --budget 128 --prompt-file book.txt
 
@@ -37,6 +42,10 @@ everything else to stderr. \\n, \\t and \\\\ in --stop stand for the characters.
 
 --session goes on where a session was saved (trimkv-cache-prompt, --save-session): the prompt is read after it, without
 the tokens that begin a text, and may be left out. Without options of its own, drawing goes on as it stopped.
+
+--image and --video are shown in the order given, before the prompt. A prompt without --chat that names places itself
+(<|vision_start|><|image_pad|><|vision_end|>) has them there. The frames of a video are read one group after the other, so
+a long one takes no more memory.
 
 exit codes: 0 done, 2 wrong input or not enough memory, 130 interrupted (the text so far was printed)
 """
@@ -53,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add_prompt(parser)
+    add_pictures(parser)
     add("--session", type=Path, metavar="STATE", help="go on from a saved session, which stays as it is")
     add("--save-session", type=Path, metavar="STATE", help="save the session at the end, also after Ctrl-C")
     add_engine(parser)
@@ -92,7 +102,10 @@ def _run(args: argparse.Namespace) -> None:
     else:
         quiet_libraries()
         artefact, engine = open_model(args)
-    tokens = [] if prompt is None else encode_prompt(artefact, prompt, args.chat, begins=args.session is None)
+    shown = read_pictures(args, artefact)
+    reading = None
+    if prompt is not None or shown:
+        reading = prompt_reading(artefact, prompt or "", args.chat, begins=args.session is None, shown=shown)
     warn_random_weights(artefact.manifest)
     with ExitStack() as stack:
         target = args.save_session and stack.enter_context(SessionFile(args.save_session).open())
@@ -103,8 +116,8 @@ def _run(args: argparse.Namespace) -> None:
         if args.session is not None:
             session.load(args.session)
         try:
-            if tokens:
-                feed(session, tokens, args.progress or sys.stderr.isatty())
+            if reading:
+                feed(session, reading, args.progress or sys.stderr.isatty())
             if target:
                 # Not before: half a prompt is nothing to go on from.
                 stack.callback(session.save, target)
@@ -164,46 +177,58 @@ def read_prompt(text: str | None, file: str | None, stdin: bool) -> str:
     return text
 
 
-def encode_prompt(artefact: Artefact, prompt: str, chat: bool, *, begins: bool = True) -> list[int]:
-    """Token ids of the prompt, through the chat template if ``chat``; with the tokens that begin a text if it
+def encode_prompt(artefact: Artefact, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt that begins a text, through the chat template if ``chat``; errors as of
+    :func:`prompt_reading`."""
+    return prompt_reading(artefact, prompt, chat).tokens
+
+
+def prompt_reading(
+    artefact: Artefact, prompt: str, chat: bool, *, begins: bool = True, shown: Sequence[Shown] = ()
+) -> Reading:
+    """The prompt behind its pictures, through the chat template if ``chat``; with the tokens that begin a text if it
     ``begins`` one.
 
     Raises:
         ArtefactError: the artefact has no tokenizer or no chat template.
-        ConfigError: the prompt is not valid Unicode, or has no tokens.
+        ConfigError: the prompt is not valid Unicode, has no tokens, or has more or fewer places than pictures.
     """
+    from trimkv_edge.runtime.vision_text import PictureText
+
     tokenizer, info = artefact.tokenizer, artefact.manifest.tokenizer
     if tokenizer is None or info is None:
         raise ArtefactError(
             f"{artefact.folder} has no tokenizer (random weights have none), so it cannot read text: "
             "drive it with token ids through trimkv_edge.runtime.session"
         )
+    texts = PictureText(tokenizer, artefact.manifest.vision)
     if chat:
         if artefact.chat_template is None:
             raise ArtefactError(f"{artefact.folder} has no chat_template.jinja: leave out --chat")
-        from trimkv_edge.runtime.chat import render_chat
+        from trimkv_edge.runtime.chat import content_of, render_chat
 
-        prompt = render_chat(artefact.chat_template, [{"role": "user", "content": prompt}], artefact.special_tokens())
+        texts.check_plain(prompt)
+        message = {"role": "user", "content": content_of([one.kind for one in shown], prompt)}
+        prompt = render_chat(artefact.chat_template, [message], artefact.special_tokens())
+    elif shown and not texts.has_places(prompt):
+        prompt = texts.before(shown, prompt)
     # A template writes its special tokens itself.
-    tokens = tokenizer.encode(prompt, add_special_tokens=begins and not chat)
-    if not tokens:
+    reading = texts.encode(prompt, shown, begins=begins and not chat)
+    if not reading.tokens:
         raise ConfigError("the prompt has no tokens: give some text")
-    return tokens
+    return reading
 
 
-def feed(session: Session, tokens: list[int], show: bool) -> None:
+def feed(session: Session, reading: Reading, show: bool) -> None:
     """Reads the prompt; with a progress bar on stderr if ``show``."""
     from trimkv_edge.runtime.statistics import rss_bytes
 
-    with tqdm(
-        total=len(tokens), desc="prompt", unit="tok", file=sys.stderr, disable=not show, dynamic_ncols=True
-    ) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.set_postfix_str(f"memory {format_bytes(rss_bytes())}", refresh=False)
-            bar.update(done - bar.n)
-
-        session.feed(tokens, progress if show else None)
+    total = len(reading.tokens)
+    with tqdm(total=total, desc="prompt", unit="tok", file=sys.stderr, disable=not show, dynamic_ncols=True) as bar:
+        for done, _ in reading.feeding(session):
+            if show:
+                bar.set_postfix_str(f"memory {format_bytes(rss_bytes())}", refresh=False)
+                bar.update(done - bar.n)
 
 
 def _stream(session: Session, args: argparse.Namespace, artefact: Artefact, asked: SamplingParams | None) -> None:

@@ -37,6 +37,9 @@ examples:
                                              extra_body={"conversation": "anna"}):
       print(part.choices[0].delta.content or "", end="")
 
+Models that read pictures take them as image_url parts: data: URLs, and files inside --image-folder; nothing is fetched
+from other servers.
+
 The model's name is the artefact's folder name. A conversation keeps its session, so that its next turn reads only the
 new message; send the whole list of messages as usual. When all sessions are answering, --waiting requests wait, and
 more get 503 with Retry-After. With --state-dir, chats that no session has room for, and all of them at the end, are
@@ -71,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--state-dir", type=Path, metavar="DIR", help="folder for chats that no session holds (default: forget them)")
     add("--saved", type=int, default=64, metavar="N", help="most chats in --state-dir (default 64); the oldest go")
+    add("--image-folder", type=Path, metavar="DIR", help="folder whose pictures requests may name (default: none)")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the key clients must send")
     add("--timeout", type=float, default=300.0, metavar="S", help="most seconds for one answer (default 300)")
     add_engine(parser, "each session's engine")
@@ -108,15 +112,25 @@ def _serve(artefact: Artefact, listener: socket.socket, key: str | None, args: a
     import uvicorn
 
     from trimkv_edge.runtime.server.app import make_app
+    from trimkv_edge.runtime.server.pictures import PictureSource
     from trimkv_edge.runtime.server.pool import SlotPool
     from trimkv_edge.runtime.server.store import Store
 
     name = artefact.folder.resolve().name
-    grammars = _grammars(artefact)
+    grammars, vision = _grammars(artefact), artefact.manifest.vision
+    pictures = PictureSource(vision, args.image_folder) if vision or args.image_folder else None
     store = None if args.state_dir is None else Store(args.state_dir, args.saved)
     pool = SlotPool.open(artefact, args.sessions, args.engine, args.threads, undo=args.undo, store=store)
     try:
-        app = make_app(pool, name, grammars=grammars, api_key=key, timeout=args.timeout, waiting=args.waiting)
+        app = make_app(
+            pool,
+            name,
+            grammars=grammars,
+            pictures=pictures,
+            api_key=key,
+            timeout=args.timeout,
+            waiting=args.waiting,
+        )
         warn_random_weights(artefact.manifest)
         config = uvicorn.Config(
             app,
