@@ -29,6 +29,8 @@ _PARITY = {
     "close": "calls with logits that are equal but for float noise",
     "max_logit_diff": "largest difference of a logit",
     "max_logit": "largest logit",
+    "pictures": "pictures encoded and read",
+    "max_picture_diff": "largest difference of an encoded number, relative to the largest",
 }
 
 
@@ -90,7 +92,7 @@ def _header(manifest: Manifest) -> list[str]:
     elif manifest.model.source == "shipped":
         lines.append("license: apache-2.0")
     if manifest.tokenizer is not None and not manifest.model.random_weights:
-        lines.append("pipeline_tag: text-generation")
+        lines.append(f"pipeline_tag: {'text-generation' if manifest.vision is None else 'image-text-to-text'}")
     return [*lines, "tags:", *(f"- {tag}" for tag in ("trim-kv", "kv-cache", "on-device", *manifest.targets))]
 
 
@@ -124,7 +126,8 @@ def _snippets(manifest: Manifest) -> list[str]:
         code += ["session.feed([1, 2, 3])  # any length", "print([piece.token for piece in session.generate(8)])"]
     else:
         chat = " --chat" if "chat_template.jinja" in manifest.files else ""
-        lines.append(f'trimkv-run .{chat} --prompt "What is a gate?" --max-new-tokens 64 --stats text')
+        picture = "" if manifest.vision is None else " --image picture.png"
+        lines.append(f'trimkv-run .{chat}{picture} --prompt "What is a gate?" --max-new-tokens 64 --stats text')
         code += [
             'session.feed(artefact.tokenizer.encode("Once upon a time"))  # any length, in any number of parts',
             f"for piece in session.generate(64, stop_ids={manifest.tokenizer.eos_token_ids}):",
@@ -152,6 +155,13 @@ def _sources(manifest: Manifest) -> Iterable[tuple[str, ...]]:
     else:
         digest = f", SHA-256 `{gates.sha256}`" if gates.sha256 else ""
         yield "gates", f"`{gates.kind}`, {_short(gates.source)}, width {gates.intermediate_size}{digest}"
+    if (vision := manifest.vision) is not None:
+        side = vision.patch_size
+        sizes = [
+            f"{across * side} x {down * side} ({rows * columns} rows)"
+            for (down, across), (rows, columns) in ((size, vision.rows(size)) for size in vision.sizes)
+        ]
+        yield "pictures", f"resized to {', '.join(sizes)} pixels, width x height; the encoder computes in float32"
     yield "cache and computation in", manifest.dtype
     embedding = f", embedding in {manifest.embedding_bits} bits" if manifest.embedding_bits else ""
     yield "quantisation", manifest.quantization + embedding

@@ -18,7 +18,7 @@ from text_artefact import save_manifest, text_artefact
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.card import model_card, write_card
-from trimkv_edge.manifest import GateInfo, Manifest, RopeInfo, Target, load_manifest
+from trimkv_edge.manifest import GateInfo, Manifest, RopeInfo, Target, VisionInfo, load_manifest
 
 
 def header(card: str) -> dict[str, Any]:
@@ -197,3 +197,15 @@ def test_without_a_tokenizer_the_snippet_gives_token_ids(artefact: Path) -> None
     assert "trimkv-run" not in card
     (python,) = code_blocks(card, "python")
     assert re.fullmatch(r"\[\d+(, \d+){7}\]\n", run([sys.executable, "-c", python], artefact))
+
+
+def test_a_model_that_reads_pictures() -> None:
+    half = (0.5, 0.5, 0.5)
+    vision = VisionInfo(1, 2, 3, 4, 2, ((32, 32), (26, 40)), 16, 2, 2, half, half)
+    card = model_card(replace(manifest(), vision=vision))
+    assert header(card)["pipeline_tag"] == "image-text-to-text"
+    assert rows(card)["pictures"] == [
+        "resized to 512 x 512 (256 rows), 640 x 416 (260 rows) pixels, width x height; the encoder computes in float32"
+    ]
+    assert "--image picture.png" in card
+    assert "picture" not in model_card(manifest())
