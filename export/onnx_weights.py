@@ -31,6 +31,8 @@ BLOCK = 32
 INT8_ACTIVATIONS = 4
 # Elements of tensors that are real while tracing: the exporter merges small initialisers that look alike.
 _SMALL = 2**16
+# Rows of a matrix that are rounded together: the largest would be in memory several times.
+_ROWS = 4096
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.uint8: ir.DataType.UINT8}
 Array = npt.NDArray[Any]
 Source = Callable[[], Array]
@@ -209,15 +211,18 @@ def round_trip(weight: Tensor, bits: int, half: bool = False) -> Tensor:
     """
     if bits == 16:
         return weight.half().float()
-    packed, scales = quantize(weight.numpy(), bits)
-    scales = scales.astype(np.float16).astype(np.float32) if half else scales
-    rows, width = weight.shape
-    values = packed.reshape(rows, -1)
-    if bits == 4:
-        values = np.stack([values & 15, values >> 4], axis=-1).reshape(rows, -1)
-    centred = values.astype(np.float32) - 2 ** (bits - 1)
-    full = centred.reshape(rows, -1, BLOCK) * scales[:, :, None]
-    return torch.from_numpy(np.ascontiguousarray(full.reshape(rows, -1)[:, :width]))
+    given, rounded = weight.numpy(), np.empty(tuple(weight.shape), np.float32)
+    for start in range(0, len(given), _ROWS):
+        part = given[start : start + _ROWS]
+        packed, scales = quantize(part, bits)
+        scales = scales.astype(np.float16).astype(np.float32) if half else scales
+        values = packed.reshape(len(part), -1)
+        if bits == 4:
+            values = np.stack([values & 15, values >> 4], axis=-1).reshape(len(part), -1)
+        centred = values.astype(np.float32) - 2 ** (bits - 1)
+        full = centred.reshape(len(part), -1, BLOCK) * scales[:, :, None]
+        rounded[start : start + _ROWS] = full.reshape(len(part), -1)[:, : part.shape[1]]
+    return torch.from_numpy(rounded)
 
 
 def quantize(weight: Array, bits: int) -> tuple[Array, Array]:
@@ -231,13 +236,16 @@ def quantize(weight: Array, bits: int) -> tuple[Array, Array]:
 
     rows, width = weight.shape
     blocks = -(-width // BLOCK)
-    by_column = np.zeros((blocks * BLOCK, rows), np.float32)
-    by_column[:width] = weight.T
     packed = np.zeros((rows, blocks, BLOCK * bits // 8), np.uint8)
     scales = np.zeros((rows, blocks), np.float32)
-    unused = np.zeros((rows, -(-blocks * bits // 8)), np.uint8)
     run = {4: kernels.quantize_matmul_4bits, 8: kernels.quantize_matmul_8bits}[bits]
-    run(packed, by_column, scales, unused, BLOCK, rows, blocks * BLOCK, True)
+    for start in range(0, rows, _ROWS):
+        part = weight[start : start + _ROWS]
+        by_column = np.zeros((blocks * BLOCK, len(part)), np.float32)
+        by_column[:width] = part.T
+        unused = np.zeros((len(part), -(-blocks * bits // 8)), np.uint8)
+        end = start + len(part)
+        run(packed[start:end], by_column, scales[start:end], unused, BLOCK, len(part), blocks * BLOCK, True)
     return packed, scales
 
 

@@ -14,6 +14,7 @@ from onnx_artefact import feed, make_manifest
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.export import onnx_weights
 from trimkv_edge.export.onnx import export_onnx, with_float_activations
 from trimkv_edge.export.onnx_weights import BLOCK, quantize, round_trip
 from trimkv_edge.export.quantization import SCHEMES
@@ -40,6 +41,17 @@ def test_rounding_is_to_the_nearest_step_of_its_block(bits: int) -> None:
             near = np.abs(block / scale - np.floor(block / scale) - 0.5) < 1e-4  # a tie may go either way
             np.testing.assert_allclose(got[~near], want[~near], rtol=1e-5, atol=1e-7)
             assert np.abs(got - block).max() <= abs(scale) * 1.0001
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_are_rounded_by_themselves(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are in memory together."""
+    weight = np.random.default_rng(bits).standard_normal((7, 70)).astype(np.float32)
+    whole, rounded = quantize(weight, bits), round_trip(torch.from_numpy(weight), bits)
+    monkeypatch.setattr(onnx_weights, "_ROWS", 3)
+    for one, other in zip(whole, quantize(weight, bits), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert torch.equal(rounded, round_trip(torch.from_numpy(weight), bits))
 
 
 def test_packed_bytes_are_two_numbers_each() -> None:
