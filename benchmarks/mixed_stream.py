@@ -105,14 +105,14 @@ def slope(memory: list[tuple[int, int]]) -> float:
     return float(np.polyfit(later[:, 0], later[:, 1], 1)[0])
 
 
-def inside(folder: Path, name: str, seeds: int, threads: int) -> list[dict[str, Any]]:
+def inside(folder: Path, name: str, gates: str, seeds: int, threads: int) -> list[dict[str, Any]]:
     """All streams in one engine, in this process."""
     torch.set_num_threads(threads)
     artefact = Artefact.load(folder, verify=False)
     engine: Any
     if name == "eager":
         source = find_source("tiny-vl", vision=True)
-        engine = vision_engine(load_model(source, artefact.manifest.gates.kind).model, artefact.manifest.cache)
+        engine = vision_engine(load_model(source, gates).model, artefact.manifest.cache)
     else:
         engine = load_engine(artefact, name, threads)
     return [read(engine, stream(seed)) for seed in range(seeds)]
@@ -154,7 +154,8 @@ def main() -> None:
     options = parser(__doc__, "mixed_stream")
     options.add_argument("--engines", nargs="+", default=["onnx", "executorch"])
     options.add_argument("--policies", nargs="+", default=["global", "trimkv"])
-    options.add_argument("--budget", type=int, default=64)
+    options.add_argument("--gates", default="rg10", help="of tiny-vl: rg10 (default) or rg10-chat")
+    options.add_argument("--budget", type=int, default=128)
     options.add_argument("--streams", type=int, default=4)
     options.add_argument(
         "--inside", nargs=3, metavar=("ARTEFACT", "ENGINE", "FILE"), help="one engine, in this process"
@@ -162,21 +163,30 @@ def main() -> None:
     args = options.parse_args()
     if args.inside:
         folder, name, file = args.inside
-        Path(file).write_text(json.dumps(inside(Path(folder), name, args.streams, args.threads)), encoding="utf-8")
+        Path(file).write_text(
+            json.dumps(inside(Path(folder), name, args.gates, args.streams, args.threads)), encoding="utf-8"
+        )
         return
     rows = []
     for policy in args.policies:
-        settings = {"model": "tiny-vl", "policy": policy, "budget": str(args.budget), "buffer": 32, "prefill_chunk": 32}
-        with exported(**settings, targets=tuple(args.engines), image_sizes=SIZES) as folder:
+        settings = {"model": "tiny-vl", "gates": args.gates, "policy": policy, "budget": str(args.budget), "buffer": 32}
+        with exported(**settings, prefill_chunk=32, targets=tuple(args.engines), image_sizes=SIZES) as folder:
             cache = load_manifest(folder, verify_files=False).bytes.cache
             found = {}
             for name in ["eager", *args.engines]:
                 with tempfile.NamedTemporaryFile(suffix=".json") as out:
                     command = [sys.executable, __file__, "--inside", str(folder), name, out.name]
-                    command += ["--streams", str(args.streams), "--threads", str(args.threads)]
+                    command += ["--streams", str(args.streams), "--threads", str(args.threads), "--gates", args.gates]
                     subprocess.run(command, check=True)
                     found[name] = json.loads(Path(out.name).read_text(encoding="utf-8"))
-        row = {"policy": policy, "budget": args.budget, "buffer": 32, "cache_bytes": cache, **summary(found)}
+        row = {
+            "policy": policy,
+            "gates": args.gates,
+            "budget": args.budget,
+            "buffer": 32,
+            "cache_bytes": cache,
+            **summary(found),
+        }
         print(json.dumps(row, indent=1))
         rows.append(row)
     save(args.output, "mixed_stream", rows)

@@ -16,7 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MODALITIES = ("picture", "text")
-STYLES = dict(zip(("global (rg10)", "trimkv (rg10)", "trimkv (rg)", "streaming"), "os^x", strict=True))
+STYLES = {
+    "global (rg10)": "o",
+    "global (rg10-chat)": "v",
+    "trimkv (rg10)": "s",
+    "streaming": "x",
+}
 
 
 def accuracy(table: list[dict[str, Any]], path: Path) -> None:

@@ -54,13 +54,15 @@ def _tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def content_of(kinds: Sequence[str], text: str) -> str | list[dict[str, str]]:
+def content_of(kinds: Sequence[str], text: str, last: bool = False) -> str | list[dict[str, str]]:
     """The content of a message as templates of models that read pictures expect it; without pictures the plain text.
 
     Args:
-        kinds: of the pictures before the text: ``image`` or ``video``.
-        text: of the message.
+        kinds: of its pictures: ``image`` or ``video``.
+        text: its words.
+        last: the pictures stand behind the words, not before them.
     """
     if not kinds:
         return text
-    return [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+    pictures, words = [{"type": kind} for kind in kinds], [{"type": "text", "text": text}]
+    return words + pictures if last else pictures + words

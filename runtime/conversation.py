@@ -83,8 +83,10 @@ class Conversation:
         sampling: SamplingParams = _GREEDY,
         stop_strings: Sequence[str] = (),
         shown: Sequence[Shown] = (),
+        pictures_last: bool = False,
     ) -> Iterator[Piece]:
-        """Reads a message, behind the pictures that it shows, and answers it, one piece per token.
+        """Reads a message, with the pictures that it shows before its words or behind them, and answers it, one piece
+        per token.
 
         The iterator may be left at any token: what was said until then is the answer. Before a message is read the
         place is marked, so that :meth:`undo` finds it.
@@ -97,7 +99,7 @@ class Conversation:
         """
         if not text.strip():
             raise ConfigError("the message is empty: say something")
-        reading = self.reading_of(content_of([one.kind for one in shown], text), shown)
+        reading = self.reading_of(content_of([one.kind for one in shown], text, pictures_last), shown)
         self.session.checkpoint()
         try:
             for _ in reading.feeding(self.session):

@@ -18,11 +18,13 @@ import numpy as np
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.runtime.lifetimes import Lifetimes
 from trimkv_edge.runtime.recording import Recording
+from trimkv_edge.runtime.report.pictures import page_pictures
 from trimkv_edge.runtime.report.text import TokenText
 
 MOST_TOKENS = 200_000
 MOST_ENTRIES = 2**24  # tokens x heads of all layers: what a browser goes through for each move of the slider
 _SCRIPTS = ("record.js", "colours.js", "chart.js", "overview.js", "charts.js", "text.js", "page.js")
+_PICTURE_SCRIPTS = ("pictures.js", "kinds.js", "picture_page.js")
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,26 @@ def heads_to_show(tokens: int, layers: int, kv_heads: int) -> tuple[int, ...]:
 
 
 def build_page(recording: Recording, texts: Sequence[TokenText], about: About) -> str:
-    """The page as text. It asks for nothing from outside: its policy forbids the browser to.
+    """The page as text. It asks for nothing from outside: its policy forbids the browser to. What shows pictures is in
+    it only if the stream has some.
 
     Raises:
         ConfigError: ``texts`` are not one for each token.
     """
     if len(texts) != len(recording.tokens):
         raise ConfigError(f"{len(texts)} texts for {len(recording.tokens)} tokens: give one for each")
-    style, script = _asset("style.css"), "\n".join(map(_asset, _SCRIPTS))
+    shown = bool(recording.pictures)
+    scripts = (*_SCRIPTS, *_PICTURE_SCRIPTS, "start_pictures.js") if shown else (*_SCRIPTS, "start.js")
+    style, script = _asset("style.css"), "\n".join(map(_asset, scripts))
+    if shown:
+        style += _asset("pictures.css")
     policy = f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'"
     return Template(_asset("page.html")).substitute(
-        policy=escape(policy),
+        policy=escape(policy + "; img-src data:" if shown else policy),
         name=escape(about.name),
         style=style,
         script=script,
+        pictures=_asset("pictures.html") if shown else "",
         table=pack_lifetimes(recording.lifetimes),
         data=_inert(_data(recording, texts, about)),
     )
@@ -90,7 +98,8 @@ def pack_lifetimes(lifetimes: Lifetimes) -> str:
 
 def _data(recording: Recording, texts: Sequence[TokenText], about: About) -> dict[str, Any]:
     lifetimes, chunks = recording.lifetimes, recording.chunks
-    return {
+    pictures = {"pictures": page_pictures(recording)} if recording.pictures else {}
+    return pictures | {
         "name": about.name,
         "facts": list(map(list, about.facts)),
         "notes": list(about.notes),

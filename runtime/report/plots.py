@@ -12,13 +12,14 @@ import numpy as np
 from trimkv_edge.files import replace_durably
 from trimkv_edge.runtime.recording import Recording
 from trimkv_edge.runtime.report.page import About
+from trimkv_edge.runtime.report.picture_plots import plot_kinds, plot_pictures
 
 _INK = "#0b6486"
 
 
 def plot_all(recording: Recording, about: About, folder: Path) -> list[Path]:
-    """Writes ``stream``, ``heads``, ``retention``, ``events`` and ``machine`` as PNG files, those that exist are
-    replaced; returns them.
+    """Writes ``stream``, ``heads``, ``retention``, ``events`` and ``machine`` as PNG files, and ``pictures`` and
+    ``kinds`` of a stream with pictures; those that exist are replaced. Returns them.
 
     Raises:
         OSError: a file cannot be written.
@@ -34,6 +35,8 @@ def plot_all(recording: Recording, about: About, folder: Path) -> list[Path]:
         "events": _events,
         "machine": lambda recording: _machine(recording, about),
     }
+    if recording.pictures:
+        plots |= {"pictures": plot_pictures, "kinds": plot_kinds}
     return [_save(plot(recording), about, folder / f"{name}.png") for name, plot in plots.items()]
 
 

@@ -58,7 +58,7 @@ def test_commands_and_mistakes_do_not_end_the_chat(tmp_path: Path) -> None:
         "taken back; 1 turns are left",
         "engine    onnx, 1 turns",
         "tokens are held by at least one of 4 heads; the last 5 are shown",
-        "/nonsense is not a command: use /help, /stats, /kept, /image, /video, /drop, /undo, /save, /load, /reset, /exit",
+        "/nonsense is not a command: use /help, /stats, /kept, /image, /video, /drop, /undo, /save, /load, /reset,",
         "/undo takes a whole number of at least 1, not 'x'",
         "9 turns cannot be taken back: there were 1",
         "/save needs a file name",
@@ -140,7 +140,7 @@ def test_pictures_belong_to_the_turn_of_the_next_message(tmp_path: Path) -> None
     lines = [f"/image {tmp_path / 'a.png'} {tmp_path / 'b.png'}", "which?", "and now?", f"/save {file}"]
     lines += [f"/image {tmp_path / 'bad.png'}", "/image", "/image 'x", f"/video '{film}'", "look", "/undo", "look"]
     lines += [f"/image {tmp_path / 'a.png'}", "what is <|image_pad|>?", "look", "/undo"]
-    lines += [f"/image {tmp_path / 'a.png'}", "/drop", "look", "/undo 9", "/undo 2", "and now?"]
+    lines += [f"/image {tmp_path / 'a.png'}", "/drop", "look", "/undo 9", "/undo 3", "and now?"]
     done = chat(folder, "\n".join(lines), "--max-new-tokens", "12", "--video-fps", "4")
     assert done.returncode == 0, done.stderr
 
@@ -172,6 +172,12 @@ def test_pictures_belong_to_the_turn_of_the_next_message(tmp_path: Path) -> None
         "9 turns cannot be taken back: there were 4",
     ):
         assert told in done.stderr, told
+    last = chat(folder, f"/image {tmp_path / 'a.png'}\nwhich?\n", "--max-new-tokens", "12", "--pictures-last")
+    talk = Conversation.open(artefact, Session.open(artefact))
+    assert (
+        last.stdout == "".join(piece.text for piece in talk.ask("which?", 12, shown=[one], pictures_last=True)) + "\n"
+    )
+    assert last.stdout != said(("which?", [one]))[0] + "\n"
     # What was saved goes on as what was said.
     again = chat(folder, f"/video '{film}'\nlook\n", "--max-new-tokens", "12", "--load", str(file), "--video-fps", "4")
     assert again.stdout == want[2] + "\n"

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from numpy_engine import VOCAB, NumpyEngine
 from text_tokenizers import byte_level
+from vision_text_artefact import noise, png, vision_text_artefact
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError, PositionLimitError
+from trimkv_edge.mixed_engine import MixedEngine
+from trimkv_edge.runtime import conversation
+from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.chat import render_chat
 from trimkv_edge.runtime.conversation import Conversation
 from trimkv_edge.runtime.session import Session
+from trimkv_edge.runtime.vision import PictureReader
+from trimkv_edge.runtime.vision_text import finish_picture
 
 CONFIG = CacheConfig(budget=16, buffer=12, prefill_chunk=6)
 END = 2  # </s>
@@ -199,3 +205,67 @@ def test_the_hand_written_texts_are_what_the_templates_give() -> None:
     for name, template in TEMPLATES.items():
         rendered = render_chat(template, [{"role": "user", "content": "the cat"}], {"bos_token": "<s>"})
         assert rendered == FIRST[name]
+
+
+@pytest.mark.parametrize("checkpoints", [8, 0])
+def test_interrupted_reading_of_pictures_leaves_a_chat_that_goes_on(
+    checkpoints: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artefact = Artefact.load(vision_text_artefact())
+    reader = PictureReader.of(artefact)
+    shown = [reader.image(png(noise(seed, 16 + 8 * (seed % 2)))) for seed in range(6)]
+
+    def opened() -> Conversation:
+        return Conversation.open(artefact, Session.open(artefact, checkpoints=checkpoints, note_tokens=True))
+
+    talk, other = opened(), opened()
+    for one in (talk, other):
+        list(one.ask("the cat", 4))
+    engine = talk.session.engine
+    assert isinstance(engine, MixedEngine)
+    before, plain = read(talk), engine.prefill
+
+    def interrupted(tokens):  # type: ignore[no-untyped-def]
+        if engine.cursor.row:
+            raise KeyboardInterrupt
+        return plain(tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "prefill", interrupted)
+        # What finishes the picture may be interrupted too.
+        patch.setattr(conversation, "finish_picture", lambda session: None)
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask("which?", 4, shown=shown)
+    if checkpoints:
+        assert (read(talk), talk.turns) == (before, 1)
+        want, got = (list(one.ask("and now?", 6, shown=shown[:1])) for one in (other, talk))
+        assert want == got
+    else:
+        assert engine.cursor.row > 0
+        finish_picture(talk.session)
+        assert (engine.cursor.row, engine.waiting) == (0, [])
+        assert list(talk.ask("and now?", 6, shown=shown[:1]))
+
+
+def test_without_checkpoints_a_picture_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    artefact = Artefact.load(vision_text_artefact())
+    shown = [PictureReader.of(artefact).image(png(noise(1)))]
+    talk = Conversation.open(artefact, Session.open(artefact, checkpoints=0, note_tokens=True))
+    list(talk.ask("the cat", 4))
+    engine = talk.session.engine
+    assert isinstance(engine, MixedEngine)
+    plain, interrupted = engine.prefill, False
+
+    def once(tokens):  # type: ignore[no-untyped-def]
+        nonlocal interrupted
+        if engine.waiting and not interrupted:
+            plain(tokens[:2])
+            interrupted = True
+            raise KeyboardInterrupt
+        return plain(tokens)
+
+    monkeypatch.setattr(engine, "prefill", once)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("which?", 4, shown=shown)
+    assert (interrupted, engine.cursor.row, engine.waiting) == (True, 0, [])
+    assert list(talk.ask("and now?", 6, shown=shown))

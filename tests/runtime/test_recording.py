@@ -13,17 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_engine import VOCAB, NumpyEngine
 from onnx_artefact import make_artefact, make_manifest, spread_gates
+from vision_text_artefact import IMAGE_PLACE, VIDEO_PLACE, noise, png, vision_text_artefact
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import Engine
 from trimkv_edge.errors import ConfigError, PositionLimitError
 from trimkv_edge.export.onnx import export_onnx
+from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.models.eager import eager_engine
+from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines.onnx_pooled import OnnxPooledEngine
 from trimkv_edge.runtime.lifetimes import LEFT_NEVER
 from trimkv_edge.runtime.recording import Recording, record
 from trimkv_edge.runtime.sampling import SamplingParams
 from trimkv_edge.runtime.session import Session
+from trimkv_edge.runtime.vision import PictureReader
+from trimkv_edge.runtime.vision_text import PictureText
 
 CONFIG = CacheConfig(budget=8, buffer=6, prefill_chunk=4)
 Held = dict[int, list[set[int]]]
@@ -108,6 +113,46 @@ def test_executorch_with_a_shared_budget(tokens: list[int]) -> None:
     assert [chunk.entries for chunk in recording.chunks] == [
         sum(map(len, held[chunk.seen])) for chunk in recording.chunks
     ]
+
+
+def test_pictures_are_rows_of_the_stream(tmp_path: Path) -> None:
+    artefact = Artefact.load(vision_text_artefact())
+    vision, tokenizer = artefact.manifest.vision, artefact.tokenizer
+    assert vision is not None
+    assert tokenizer is not None
+    for number in range(4):
+        noise(number).save(tmp_path / f"{number}.png")
+    reader = PictureReader(vision)
+    shown = [reader.image(png(noise(8))), reader.video(tmp_path), reader.image(png(noise(9, 16, 16)))]
+    text = f"the cat {IMAGE_PLACE} sat on {VIDEO_PLACE} the mat {IMAGE_PLACE} and the dog sat on the log"
+    reading = PictureText(tokenizer, vision).encode(text, shown)
+    recording = record(Session.open(artefact), reading, 20, vision=vision)
+    assert recording.tokens[: len(reading.tokens)] == reading.tokens
+    assert recording.prompt_tokens == len(reading.tokens)
+
+    # Another engine gets all pictures at once and goes token by token.
+    engine = Session.open(artefact).engine
+    assert isinstance(engine, MixedEngine)
+    for one in reading.shown:
+        for made in one.patches():
+            engine.show(engine.encode(one.kind, made.pixel_values, made.grid_thw))
+    held, events = by_hand(engine, recording.tokens)
+    assert_holds(recording, held, events)
+    assert len(events) >= 4
+
+    placeholders = {vision.image_token_id: "image", vision.video_token_id: "video"}
+    rows = [
+        position for picture in recording.pictures for position in range(picture.start, picture.start + picture.rows)
+    ]
+    assert rows == [position for position, token in enumerate(recording.tokens) if token in placeholders]
+    for picture in recording.pictures:
+        assert placeholders[recording.tokens[picture.start]] == picture.kind
+        assert recording.tokens[picture.start - 1] == vision.start_token_id
+    told = [(picture.label, picture.down, picture.across) for picture in recording.pictures]
+    assert told == [("image 1", 2, 3), ("video 1, 0.2 s", 2, 3), ("video 1, 1.2 s", 2, 3), ("image 2", 2, 2)]
+
+    with pytest.raises(ConfigError, match="give vision"):
+        record(Session.open(artefact), reading)
 
 
 def test_rows_that_are_filled_up_hold_nothing_there(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:

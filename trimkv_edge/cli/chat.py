@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
-from trimkv_edge.cli.pictures import add_video, video_settings
+from trimkv_edge.cli.pictures import add_order, add_video, video_settings
 from trimkv_edge.errors import TrimKVError
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--undo-depth", type=int, default=8, metavar="N", help="turns that /undo can take back (default 8; 0: none)")
     add_engine(parser)
     add_generation(parser, 512)
-    add_video(parser.add_argument_group("/video, for models that read pictures (docs/vision.md)"))
+    group = parser.add_argument_group("/image and /video, for models that read pictures (docs/vision.md)")
+    add_video(group)
+    add_order(group)
     return parser
 
 
@@ -75,6 +77,7 @@ def _run(args: argparse.Namespace) -> None:
         stops_of(args),
         lambda: PictureReader.of(artefact),
         video_settings(args),
+        args.pictures_last,
     )
     if args.load is not None:
         loop.load(str(args.load))

@@ -46,6 +46,7 @@ class ChatLoop:
         sampling, max_new_tokens, stops: of each answer.
         reader: of the model's pictures, made when it is needed first; raises what tells why there is none.
         video: frames for a second and most frames of a video.
+        pictures_last: they stand behind the words of their message.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class ChatLoop:
         stops: list[str],
         reader: Callable[[], PictureReader],
         video: tuple[float, int],
+        pictures_last: bool = False,
     ) -> None:
         self.talk = conversation
         self._sampling, self._count, self._stops = sampling, max_new_tokens, stops
-        self._reader, self._video = reader, video
+        self._reader, self._video, self._last = reader, video, pictures_last
         self._shown: list[Shown] = []  # with the next message
         self._console = Console(stderr=True, highlight=False)
         self._announced = False
@@ -104,7 +106,7 @@ class ChatLoop:
 
     def _answer(self, text: str) -> None:
         try:
-            pieces = self.talk.ask(text, self._count, self._sampling, self._stops, self._shown)
+            pieces = self.talk.ask(text, self._count, self._sampling, self._stops, self._shown, self._last)
             self._shown = []  # a message that was not read may be sent again with them
             for piece in pieces:
                 sys.stdout.write(piece.text)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
-from trimkv_edge.cli.run import add_prompt, encode_prompt, read_prompt, warn
+from trimkv_edge.cli.pictures import add_pictures, read_pictures
+from trimkv_edge.cli.run import add_prompt, prompt_reading, read_prompt, warn
 from trimkv_edge.errors import ConfigError, TrimKVError
 from trimkv_edge.files import replace_text
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trimkv_edge.runtime.report.page import About
     from trimkv_edge.runtime.sampling import SamplingParams
     from trimkv_edge.runtime.session import Session
+    from trimkv_edge.runtime.vision_text import Reading
 
 _PAGE = "report.html"
 _EPILOG = """\
@@ -30,10 +32,11 @@ examples:
   trimkv-inspect artefacts/tiny --prompt-file README.md
   trimkv-inspect artefacts/tiny --prompt-file talk.txt --max-new-tokens 64 -o talk.html --png plots
   cat notes.txt | trimkv-inspect artefacts/tiny - --engine onnx --json notes.json
+  trimkv-inspect artefacts/tiny-vl --chat --image cat.png --image dog.jpg --prompt "Which one is larger?"
 
 The page is one file that opens without a network. It shows the text with each token shaded by how many heads still
-hold it, at any moment of the stream, and what each layer and head keeps. What is read and chosen is what trimkv-run
-would read and choose; the text itself is in the page, so pass it on as you would the prompt.
+hold it, at any moment of the stream, and what each layer and head keeps; of a picture, which parts. What is read and
+chosen is what trimkv-run would read and choose; text and pictures are in the page, so pass it on as you would them.
 
 exit codes: 0 done, 2 wrong input or not enough memory, 130 interrupted (nothing was written)
 """
@@ -50,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add_prompt(parser)
+    add_pictures(parser)
     out = parser.add_argument_group("output").add_argument
     out(
         "-o",
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from trimkv_edge.runtime.artefact import Artefact
     from trimkv_edge.runtime.report.page import build_page, heads_to_show
+    from trimkv_edge.runtime.report.pictures import row_texts
     from trimkv_edge.runtime.report.text import token_texts
     from trimkv_edge.runtime.session import Session
 
@@ -84,17 +89,17 @@ def _run(args: argparse.Namespace) -> None:
     _check_outputs(args)
     prompt = read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
-    tokens = encode_prompt(artefact, prompt, args.chat)
+    reading = prompt_reading(artefact, prompt, args.chat, shown=read_pictures(args, artefact))
     model = artefact.manifest.model
-    heads = heads_to_show(len(tokens) + args.max_new_tokens, model.num_layers, model.num_kv_heads)
+    heads = heads_to_show(len(reading.tokens) + args.max_new_tokens, model.num_layers, model.num_kv_heads)
     warn_random_weights(artefact.manifest)
     if len(heads) < model.num_kv_heads:
         warn(_some_heads(len(heads), model.num_kv_heads))
     session = Session.open(artefact, args.engine, args.threads, checkpoints=0, warn=warn)
-    recording = _record(session, tokens, args, artefact, sampling, heads)
+    recording = _record(session, reading, args, artefact, sampling, heads)
     about = _about(session, artefact, recording)
-    assert artefact.tokenizer is not None  # encode_prompt saw to it
-    page = build_page(recording, token_texts(artefact.tokenizer, recording.tokens), about)
+    assert artefact.tokenizer is not None  # prompt_reading saw to it
+    page = build_page(recording, row_texts(token_texts(artefact.tokenizer, recording.tokens), recording), about)
     replace_text(args.output, page)
     written = [f"{args.output} ({format_bytes(args.output.stat().st_size)})"]
     if args.json is not None:
@@ -128,7 +133,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _record(
     session: Session,
-    tokens: list[int],
+    reading: Reading,
     args: argparse.Namespace,
     artefact: Artefact,
     sampling: SamplingParams | None,
@@ -139,7 +144,7 @@ def _record(
 
     info = artefact.manifest.tokenizer
     hidden = not (args.progress or sys.stderr.isatty())
-    total = len(tokens) + args.max_new_tokens
+    total = len(reading.tokens) + args.max_new_tokens
     with tqdm(total=total, desc="stream", unit="tok", file=sys.stderr, disable=hidden, dynamic_ncols=True) as bar:
 
         def progress(seen: int, _: int) -> None:
@@ -147,12 +152,13 @@ def _record(
 
         return record(
             session,
-            tokens,
+            reading,
             args.max_new_tokens,
             sampling=sampling or SamplingParams(),
             stop_ids=[] if info is None else info.eos_token_ids,
             stop_strings=stops_of(args),
             heads=heads,
+            vision=artefact.manifest.vision,
             progress=progress,
         )
 
@@ -174,6 +180,9 @@ def _about(session: Session, artefact: Artefact, recording: Recording) -> About:
         ("events", f"{len(recording.lifetimes.events):,}"),
         ("the cache", format_bytes(manifest.bytes.cache)),
     ]
+    if recording.pictures:
+        rows = sum(picture.rows for picture in recording.pictures)
+        facts.insert(7, ("pictures", f"{len(recording.pictures):,}, of {rows:,} rows"))
     shown, notes = len(recording.lifetimes.heads), []
     if shown < model.num_kv_heads:
         notes.append(_some_heads(shown, model.num_kv_heads))
@@ -188,6 +197,7 @@ def _some_heads(shown: int, heads: int) -> str:
 
 def _numbers(recording: Recording) -> dict[str, object]:
     from trimkv_edge.runtime.lifetimes import LEFT_NEVER
+    from trimkv_edge.runtime.report import pictures
 
     lifetimes = recording.lifetimes
     left = [[[None if at == LEFT_NEVER else at for at in head] for head in layer] for layer in lifetimes.left.tolist()]
@@ -198,6 +208,7 @@ def _numbers(recording: Recording) -> dict[str, object]:
         "events": lifetimes.events.tolist(),
         "left": left,
         "chunks": [chunk._asdict() for chunk in recording.chunks],
+        **pictures.numbers(recording),
     }
 
 

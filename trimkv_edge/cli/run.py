@@ -15,7 +15,7 @@ from tqdm import tqdm
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import add_engine, quiet_libraries, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
-from trimkv_edge.cli.pictures import add_pictures, read_pictures
+from trimkv_edge.cli.pictures import add_order, add_pictures, read_pictures
 from trimkv_edge.cli.run_model import add_model, check_model, open_model
 from trimkv_edge.errors import ArtefactError, ConfigError, reason
 
@@ -44,8 +44,8 @@ everything else to stderr. \\n, \\t and \\\\ in --stop stand for the characters.
 the tokens that begin a text, and may be left out. Without options of its own, drawing goes on as it stopped.
 
 --image and --video are shown in the order given, before the prompt. A prompt without --chat that names places itself
-(<|vision_start|><|image_pad|><|vision_end|>) has them there. The frames of a video are read one group after the other, so
-a long one takes no more memory.
+(<|vision_start|><|image_pad|><|vision_end|>) has them there. A video is decoded and read frame by frame, so a long one
+takes no more memory.
 
 exit codes: 0 done, 2 wrong input or not enough memory, 130 interrupted (the text so far was printed)
 """
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add_prompt(parser)
-    add_pictures(parser)
+    add_order(add_pictures(parser))
     add("--session", type=Path, metavar="STATE", help="go on from a saved session, which stays as it is")
     add("--save-session", type=Path, metavar="STATE", help="save the session at the end, also after Ctrl-C")
     add_engine(parser)
@@ -105,7 +105,8 @@ def _run(args: argparse.Namespace) -> None:
     shown = read_pictures(args, artefact)
     reading = None
     if prompt is not None or shown:
-        reading = prompt_reading(artefact, prompt or "", args.chat, begins=args.session is None, shown=shown)
+        begins, last = args.session is None, args.pictures_last
+        reading = prompt_reading(artefact, prompt or "", args.chat, begins=begins, shown=shown, last=last)
     warn_random_weights(artefact.manifest)
     with ExitStack() as stack:
         target = args.save_session and stack.enter_context(SessionFile(args.save_session).open())
@@ -184,10 +185,16 @@ def encode_prompt(artefact: Artefact, prompt: str, chat: bool) -> list[int]:
 
 
 def prompt_reading(
-    artefact: Artefact, prompt: str, chat: bool, *, begins: bool = True, shown: Sequence[Shown] = ()
+    artefact: Artefact,
+    prompt: str,
+    chat: bool,
+    *,
+    begins: bool = True,
+    shown: Sequence[Shown] = (),
+    last: bool = False,
 ) -> Reading:
-    """The prompt behind its pictures, through the chat template if ``chat``; with the tokens that begin a text if it
-    ``begins`` one.
+    """The prompt behind its pictures, or before them if they come ``last``; through the chat template if ``chat``; with
+    the tokens that begin a text if it ``begins`` one.
 
     Raises:
         ArtefactError: the artefact has no tokenizer or no chat template.
@@ -208,10 +215,10 @@ def prompt_reading(
         from trimkv_edge.runtime.chat import content_of, render_chat
 
         texts.check_plain(prompt)
-        message = {"role": "user", "content": content_of([one.kind for one in shown], prompt)}
+        message = {"role": "user", "content": content_of([one.kind for one in shown], prompt, last)}
         prompt = render_chat(artefact.chat_template, [message], artefact.special_tokens())
     elif shown and not texts.has_places(prompt):
-        prompt = texts.before(shown, prompt)
+        prompt = prompt + texts.before(shown, "") if last else texts.before(shown, prompt)
     # A template writes its special tokens itself.
     reading = texts.encode(prompt, shown, begins=begins and not chat)
     if not reading.tokens:

@@ -8,9 +8,11 @@ import json
 import re
 import zlib
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import numpy as np
 import pytest
+from pictured_stream import PLACES, TOKENS, pictured
 from recorded_stream import random_recording, recorded
 
 from trimkv_edge.errors import ConfigError
@@ -62,6 +64,36 @@ def test_the_policy_allows_this_script_and_style_only(elements: Elements) -> Non
 
     script, style = digest(elements.raw["script"]), digest(elements.raw["style"])
     assert policy == f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'"
+
+
+def test_pictures_are_data_and_the_policy_lets_them_in() -> None:
+    recording = pictured().recording
+    page = Elements(build_page(recording, [TokenText("x", False)] * TOKENS, About("x", [], 12, 2)))
+    policy = next(str(attributes["content"]) for _, attributes in page.tags if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'; ")
+    assert policy.endswith("; img-src data:")
+    assert "img" not in [tag for tag, _ in page.tags]
+    found = json.loads(page.raw["data"])["pictures"]
+    assert [picture["start"] for picture in found] == [places[0] for places in PLACES.values()]
+    assert [picture["down"] * picture["across"] for picture in found] == list(map(len, PLACES.values()))
+    assert [base64.b64decode(picture["png"]) for picture in found] == [picture.png for picture in recording.pictures]
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {"pictures", "picture-readout", "kinds"} <= ids
+
+
+def test_a_page_of_text_has_nothing_for_pictures(elements: Elements) -> None:
+    page = recorded().page
+    for word in ("Picture", "pictures", "img-src", "picture-frame", "KindChart"):
+        assert word not in page, word
+    # What it has is what it had before there were pictures: template, style and scripts, one after the other.
+    scripts = ("record", "colours", "chart", "overview", "charts", "text", "page", "start")
+    assets = files("trimkv_edge.runtime.report").joinpath("assets")
+    want = "\n".join(assets.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in scripts)
+    assert elements.raw["script"] == want
+    assert elements.raw["style"] == assets.joinpath("style.css").read_text(encoding="utf-8")
+    around = assets.joinpath("page.html").read_text(encoding="utf-8").replace("$pictures", "")
+    assert page.endswith(around.partition("$script")[2])
+    assert around.partition("$style")[2].partition("$data")[0].split("$name")[1] in page
 
 
 def test_hostile_text_is_data(elements: Elements) -> None:
