@@ -276,7 +276,7 @@ def reference_model(model: GatedModel, weights: Weights, scheme: Scheme) -> Gate
     made = ReferenceWeights(model, weights, scheme, lambda weight, bits, _: round_trip(weight, bits)).fill(model)
     bits = module_bits(made, scheme)
     for module in made.modules():
-        if isinstance(module, nn.Linear) and bits[id(module)] == 4:
+        if isinstance(module, nn.Linear) and bits.get(id(module)) == 4:
             # Not a hook: copies that `fill` makes share their hooks with the original.
             module.__class__ = _RoundingLinear
     return made

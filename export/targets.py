@@ -108,6 +108,7 @@ def _executorch(job: Job) -> Target:
         scheme=job.scheme,
         weights=job.weights,
         metadata=metadata,
+        sizes=job.sizes,
         numbers=job.numbers(),
         progress=job.say,
     )
@@ -204,6 +205,7 @@ TARGETS: dict[str, TargetSpec] = {
         _executorch_rounding,
         with_rounded_activations=_executorch_reference,
         ran=Ran("CPUs", "ExecuTorch's runtime", device=X86),
+        vision=True,
     ),
     "onnx": TargetSpec(
         ("gqa", "standard"),

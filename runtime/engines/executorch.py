@@ -91,6 +91,11 @@ class ExecuTorchProgram(ArtefactEngine):
                     f"{path} has a budget that heads share, but the manifest means one for each head: "
                     "files of two artefacts are mixed, export it again"
                 )
+            if "embed" in names and "embed" not in self._wanted:
+                raise ArtefactError(
+                    f"{path} is of a model that reads pictures, but the manifest means a text model: "
+                    "files of two artefacts are mixed, export it again"
+                )
             self._check_constants(path)
             return {name: self._program.load_method(name) for name in self._wanted}
         except RuntimeError as error:
