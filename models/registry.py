@@ -152,7 +152,7 @@ def _llama3(
 
 MODELS: dict[str, NamedModel] = {
     "tiny": NamedModel("", "qwen3", {"rg": "rg", "rg10": "rg10", "rg-chat": "rg-chat"}),
-    "tiny-vl": NamedModel("", "qwen3_vl", {"rg10": "rg10"}),
+    "tiny-vl": NamedModel("", "qwen3_vl", {"rg10": "rg10", "rg10-chat": "rg10-chat"}),
     "phi-3-mini": NamedModel(
         "microsoft/Phi-3-mini-128k-instruct",
         "phi3",
