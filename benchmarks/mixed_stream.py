@@ -1,11 +1,15 @@
 """200 pictures and 20,000 tokens of text in one stream: the same survivors in every engine, what is answered, and RSS.
 
-    python benchmarks/mixed_stream.py                    # policies global and trimkv, 64 entries per head
+    python benchmarks/mixed_stream.py                                                        # parts: global and trimkv
+    python benchmarks/mixed_stream.py --talk --gates rg10-chat --budget 64 --policies global  # a conversation
 
-A stream has five parts and is never reset: each shows 5 pictures and states 5 facts, then comes text with 35 more
-pictures in it, and then 10 questions about the part's first pictures and facts, about 4,500 tokens later. Every engine
-reads each stream in a process of its own, encodes its pictures itself, one by one as the stream comes to them, and is
-fed the true answers. Survivors are compared after every eviction event, answers by the greedy token.
+A stream of parts is never reset. Each part shows 5 pictures and states 5 facts, then comes text with 35 more pictures
+in it, and then 10 questions about the part's first pictures and facts, about 4,500 tokens later; the true answers are
+read. ``--talk`` is the conversation of ``models/tiny_vl/conversation.py``, in which the model gives the answers itself:
+rounds of 4 pictures, 4 facts and 8 questions, 41,000 tokens.
+
+Every engine reads in a process of its own and encodes its pictures itself, one by one as the stream comes to them.
+Survivors are compared after every eviction event, answers one by one. Rows are added to those stored.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +34,14 @@ from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.models.loading import load_model
 from trimkv_edge.models.source import find_source
 from trimkv_edge.models.tiny.data import ANSWER
+from trimkv_edge.models.tiny_vl.conversation import QUESTIONS as QUESTIONS_OF_BOTH
+from trimkv_edge.models.tiny_vl.conversation import converse
 from trimkv_edge.models.tiny_vl.dialogues import ROW, SEEN, Mixed
 from trimkv_edge.models.tiny_vl.late import late_dialogue
 from trimkv_edge.models.tiny_vl.patches import cut_many
 from trimkv_edge.models.tiny_vl.tokenizer import IMAGE_PAD, load_tokenizer
 from trimkv_edge.models.vision_engine import vision_engine
-from trimkv_edge.pictures import IMAGE, VIDEO
+from trimkv_edge.pictures import IMAGE, VIDEO, Picture
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import load_engine
 
@@ -99,23 +106,59 @@ def read(engine: MixedEngine, text: Stream) -> dict[str, Any]:
     }
 
 
+def talk(engine: MixedEngine, seed: int) -> dict[str, Any]:
+    """A conversation of so many pictures, never reset."""
+    engine.reset()
+    digests: list[str] = []
+    memory, answers, rows = [], [], 0
+    evict, show = engine.evict, engine.show
+
+    def noted() -> None:
+        evict()
+        digests.append(hashlib.sha256(np.sort(engine.survivors(), -1).tobytes()).hexdigest())
+
+    def counted(pictures: Sequence[Picture]) -> None:
+        nonlocal rows
+        rows += sum(picture.rows for picture in pictures)
+        show(pictures)
+
+    engine.evict, engine.show = noted, counted  # type: ignore[method-assign]
+    pictures = 0
+    for kind, good in converse(engine, seed, 200, 40):
+        pictures += kind == "picture"
+        memory.append((engine.seen, rss()))
+        if kind in QUESTIONS_OF_BOTH:
+            answers.append((kind == QUESTIONS_OF_BOTH[0], good))
+    engine.evict, engine.show = evict, show  # type: ignore[method-assign]
+    return {
+        "tokens": engine.seen,
+        "picture_rows": rows,
+        "pictures": pictures,
+        "digests": digests,
+        "answers": answers,
+        "rss": memory,
+    }
+
+
 def slope(memory: list[tuple[int, int]]) -> float:
     """Bytes per token of the line through all looks at the memory but the first quarter's."""
     later = np.array(memory[len(memory) // 4 :], np.float64)
     return float(np.polyfit(later[:, 0], later[:, 1], 1)[0])
 
 
-def inside(folder: Path, name: str, gates: str, seeds: int, threads: int) -> list[dict[str, Any]]:
+def inside(folder: Path, name: str, args: Any) -> list[dict[str, Any]]:
     """All streams in one engine, in this process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     artefact = Artefact.load(folder, verify=False)
     engine: Any
     if name == "eager":
         source = find_source("tiny-vl", vision=True)
-        engine = vision_engine(load_model(source, gates).model, artefact.manifest.cache)
+        engine = vision_engine(load_model(source, args.gates).model, artefact.manifest.cache)
     else:
-        engine = load_engine(artefact, name, threads)
-    return [read(engine, stream(seed)) for seed in range(seeds)]
+        engine = load_engine(artefact, name, args.threads)
+    if args.talk:
+        return [talk(engine, seed) for seed in range(args.streams)]
+    return [read(engine, stream(seed)) for seed in range(args.streams)]
 
 
 def alike(runs: list[dict[str, Any]], others: list[dict[str, Any]], what: str) -> int:
@@ -156,16 +199,15 @@ def main() -> None:
     options.add_argument("--policies", nargs="+", default=["global", "trimkv"])
     options.add_argument("--gates", default="rg10", help="of tiny-vl: rg10 (default) or rg10-chat")
     options.add_argument("--budget", type=int, default=128)
-    options.add_argument("--streams", type=int, default=4)
+    options.add_argument("--streams", type=int, default=3)
+    options.add_argument("--talk", action="store_true", help="a conversation instead of parts")
     options.add_argument(
         "--inside", nargs=3, metavar=("ARTEFACT", "ENGINE", "FILE"), help="one engine, in this process"
     )
     args = options.parse_args()
     if args.inside:
         folder, name, file = args.inside
-        Path(file).write_text(
-            json.dumps(inside(Path(folder), name, args.gates, args.streams, args.threads)), encoding="utf-8"
-        )
+        Path(file).write_text(json.dumps(inside(Path(folder), name, args)), encoding="utf-8")
         return
     rows = []
     for policy in args.policies:
@@ -177,9 +219,11 @@ def main() -> None:
                 with tempfile.NamedTemporaryFile(suffix=".json") as out:
                     command = [sys.executable, __file__, "--inside", str(folder), name, out.name]
                     command += ["--streams", str(args.streams), "--threads", str(args.threads), "--gates", args.gates]
+                    command += ["--talk"] if args.talk else []
                     subprocess.run(command, check=True)
                     found[name] = json.loads(Path(out.name).read_text(encoding="utf-8"))
         row = {
+            "kind": "talk" if args.talk else "parts",
             "policy": policy,
             "gates": args.gates,
             "budget": args.budget,
@@ -189,7 +233,10 @@ def main() -> None:
         }
         print(json.dumps(row, indent=1))
         rows.append(row)
-    save(args.output, "mixed_stream", rows)
+    key = ("kind", "policy", "gates", "budget")
+    old = json.loads(args.output.read_text(encoding="utf-8"))["results"] if args.output.is_file() else []
+    new = {tuple(row[name] for name in key) for row in rows}
+    save(args.output, "mixed_stream", [row for row in old if tuple(row[name] for name in key) not in new] + rows)
 
 
 if __name__ == "__main__":

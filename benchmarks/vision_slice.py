@@ -4,7 +4,7 @@
 
 Each slice is exported by the command itself in a process of its own, with seeded random weights, everything included:
 both engines read pictures beside the eager model. What a layer adds, from the two largest slices, and the rest give an
-estimate for 36 layers. DeepStack features go into the first layers, so a slice of 2 layers has 2 of the 3 features.
+estimate of memory and sizes for 36 layers. DeepStack features go into the first layers, so a slice of 2 layers has 2 of the 3 features.
 
 The widths are those that public descriptions of the model agree on; the hub's own ``config.json`` was not at hand, so
 its other fields may differ.
@@ -119,7 +119,7 @@ def extrapolated(rows: list[dict[str, Any]], layers: int = LAYERS) -> dict[str, 
         return other + (other - one) / step * (layers - large["layers"])
 
     def of(row: dict[str, Any]) -> dict[str, float]:
-        names = ("peak_rss_bytes", "seconds", "weight_bytes", "cache_bytes")
+        names = ("peak_rss_bytes", "weight_bytes", "cache_bytes")
         return {**{name: row[name] for name in names}, "files_bytes": sum(row["file_bytes"].values())}
 
     return {"layers": layers, **{name: round(line(of(small)[name], value)) for name, value in of(large).items()}}

@@ -176,6 +176,7 @@ def assert_refused(done: object, message: str) -> None:
         (["--prompt", f"{IMAGE_PLACE}{IMAGE_PLACE}", "--image", "a.png"], "2 places for images"),
         (["--prompt", IMAGE_PLACE, "--image", "a.png", "--image", "a.png"], "1 places for images"),
         (["--prompt", "a", "--video-fps", "3"], "--video-fps and --video-frames are for --video"),
+        (["--prompt", "a", "--pictures-last"], "--pictures-last is for --image and --video"),
         (["--prompt", "a", "--video", "a.png", "--video-fps", "0"], "0.0 frames per second"),
         (["--prompt", "a", "--video", "a.png", "--video-frames", "1"], "at most 1 frames"),
     ],

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from trimkv_edge.budget import format_bytes
 from trimkv_edge.cli.common import add_engine, run_cli, warn_random_weights
 from trimkv_edge.cli.generation import add_generation, sampling_of, stops_of
-from trimkv_edge.cli.pictures import add_pictures, read_pictures
+from trimkv_edge.cli.pictures import add_order, add_pictures, read_pictures
 from trimkv_edge.cli.run import add_prompt, prompt_reading, read_prompt, warn
 from trimkv_edge.errors import ConfigError, TrimKVError
 from trimkv_edge.files import replace_text
@@ -32,7 +32,7 @@ examples:
   trimkv-inspect artefacts/tiny --prompt-file README.md
   trimkv-inspect artefacts/tiny --prompt-file talk.txt --max-new-tokens 64 -o talk.html --png plots
   cat notes.txt | trimkv-inspect artefacts/tiny - --engine onnx --json notes.json
-  trimkv-inspect artefacts/tiny-vl --chat --image cat.png --image dog.jpg --prompt "Which one is larger?"
+  trimkv-inspect artefacts/qwen3-vl-4b --chat --image cat.png --image dog.jpg --prompt "Which one is larger?"
 
 The page is one file that opens without a network. It shows the text with each token shaded by how many heads still
 hold it, at any moment of the stream, and what each layer and head keeps; of a picture, which parts. What is read and
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="folder that trimkv-export made")
     add_prompt(parser)
-    add_pictures(parser)
+    add_order(add_pictures(parser))
     out = parser.add_argument_group("output").add_argument
     out(
         "-o",
@@ -89,7 +89,8 @@ def _run(args: argparse.Namespace) -> None:
     _check_outputs(args)
     prompt = read_prompt(args.prompt, args.prompt_file, args.stdin is not None)
     artefact = Artefact.load(args.artefact, verify=not args.no_verify)
-    reading = prompt_reading(artefact, prompt, args.chat, shown=read_pictures(args, artefact))
+    shown = read_pictures(args, artefact)
+    reading = prompt_reading(artefact, prompt, args.chat, shown=shown, last=args.pictures_last)
     model = artefact.manifest.model
     heads = heads_to_show(len(reading.tokens) + args.max_new_tokens, model.num_layers, model.num_kv_heads)
     warn_random_weights(artefact.manifest)

@@ -68,13 +68,15 @@ def read_pictures(args: argparse.Namespace, artefact: Artefact) -> list[Shown]:
     """All that were given, checked.
 
     Raises:
-        ConfigError: a text model, or video settings without a video.
+        ConfigError: a text model, or settings without what they are for.
         PictureError: a file that cannot be read; nothing was shown.
     """
     given = args.pictures or []
     fps, most = video_settings(args)
     if not any(kind == "video" for kind, _ in given) and (args.video_fps, args.video_frames) != (None, None):
         raise ConfigError("--video-fps and --video-frames are for --video, which is not given: leave them out")
+    if not given and args.pictures_last:
+        raise ConfigError("--pictures-last is for --image and --video, which are not given: leave it out")
     if not given:
         return []
     from trimkv_edge.runtime.vision import PictureReader
