@@ -4,7 +4,8 @@
 
 Each slice is exported by the command itself in a process of its own, with seeded random weights, everything included:
 both engines read pictures beside the eager model. What a layer adds, from the two largest slices, and the rest give an
-estimate of memory and sizes for 36 layers. DeepStack features go into the first layers, so a slice of 2 layers has 2 of the 3 features.
+estimate of memory and sizes for 36 layers. DeepStack features go into the first layers, so a slice of 2 layers has 2 of
+the 3 features.
 
 The widths are those that public descriptions of the model agree on; the hub's own ``config.json`` was not at hand, so
 its other fields may differ.
