@@ -1,7 +1,7 @@
 """200 pictures and 20,000 tokens of text in one stream: the same survivors in every engine, what is answered, and RSS.
 
     python benchmarks/mixed_stream.py                                                        # parts: global and trimkv
-    python benchmarks/mixed_stream.py --talk --gates rg10-chat --budget 64 --policies global  # a conversation
+    python benchmarks/mixed_stream.py --talk --gates rg10-chat --budget 64 --policies global --streams 2
 
 A stream of parts is never reset. Each part shows 5 pictures and states 5 facts, then comes text with 35 more pictures
 in it, and then 10 questions about the part's first pictures and facts, about 4,500 tokens later; the true answers are
@@ -71,20 +71,42 @@ def stream(seed: int) -> Stream:
     return out
 
 
+class Notes:
+    """What is noted along a stream, in memory that was taken before it began: the stream must not make it grow."""
+
+    def __init__(self) -> None:
+        self._numbers = {name: np.full((2**14, 2), -1, np.int64) for name in ("digests", "answers", "rss")}
+        self._count = dict.fromkeys(self._numbers, 0)
+
+    def add(self, name: str, one: int, other: int = 0) -> None:
+        """One row of a table."""
+        self._numbers[name][self._count[name]] = one, other
+        self._count[name] += 1
+
+    def event(self, engine: MixedEngine) -> None:
+        """A digest of who survived."""
+        held = np.sort(engine.survivors(), -1)
+        digest = hashlib.blake2b(held.tobytes(), digest_size=7).digest()
+        self.add("digests", int.from_bytes(digest, "little"))
+
+    def rows(self) -> dict[str, list[list[int]]]:
+        """All tables."""
+        return {name: table[: self._count[name]].tolist() for name, table in self._numbers.items()}
+
+
 def read(engine: MixedEngine, text: Stream) -> dict[str, Any]:
     """Reads a stream to its end."""
     image = load_tokenizer().token_to_id(IMAGE_PAD)
     engine.reset()
     starts = sorted(text.shown)
     asked = [at for at, kind in enumerate(text.kinds) if kind in (SEEN, ANSWER)]
-    digests, right, memory = [], [], []
+    notes = Notes()
     for end in [*asked, len(text.ids)]:
         logits = np.empty(0)
         while engine.seen < end:
             if engine.room == 0:
                 engine.evict()
-                held = np.sort(engine.survivors(), -1)
-                digests.append(hashlib.sha256(held.tobytes()).hexdigest())
+                notes.event(engine)
             step = min(engine.room, engine.config.prefill_chunk, end - engine.seen)
             while starts and starts[0] < engine.seen + step:
                 shown = text.shown[starts[0]]
@@ -92,30 +114,27 @@ def read(engine: MixedEngine, text: Stream) -> dict[str, Any]:
                 kind = IMAGE if text.ids[starts.pop(0)] == image else VIDEO
                 engine.show(engine.encode(kind, patches[0].numpy(), np.array([[1, down, across]])))
             if engine.seen // EVERY != (engine.seen + step) // EVERY:
-                memory.append((engine.seen, rss()))
+                notes.add("rss", engine.seen, rss())
             logits = engine.prefill(text.ids[engine.seen : engine.seen + step])
         if end < len(text.ids):
-            right.append((text.kinds[end] == SEEN, int(logits.argmax()) == text.ids[end]))
+            notes.add("answers", text.kinds[end] == SEEN, int(logits.argmax()) == text.ids[end])
     return {
         "tokens": len(text.ids),
         "picture_rows": text.kinds.count(ROW),
         "pictures": len(text.shown),
-        "digests": digests,
-        "answers": right,
-        "rss": memory,
+        **notes.rows(),
     }
 
 
 def talk(engine: MixedEngine, seed: int) -> dict[str, Any]:
     """A conversation of so many pictures, never reset."""
     engine.reset()
-    digests: list[str] = []
-    memory, answers, rows = [], [], 0
+    notes, rows = Notes(), 0
     evict, show = engine.evict, engine.show
 
     def noted() -> None:
         evict()
-        digests.append(hashlib.sha256(np.sort(engine.survivors(), -1).tobytes()).hexdigest())
+        notes.event(engine)
 
     def counted(pictures: Sequence[Picture]) -> None:
         nonlocal rows
@@ -126,21 +145,19 @@ def talk(engine: MixedEngine, seed: int) -> dict[str, Any]:
     pictures = 0
     for kind, good in converse(engine, seed, 200, 40):
         pictures += kind == "picture"
-        memory.append((engine.seen, rss()))
+        notes.add("rss", engine.seen, rss())
         if kind in QUESTIONS_OF_BOTH:
-            answers.append((kind == QUESTIONS_OF_BOTH[0], good))
+            notes.add("answers", kind == QUESTIONS_OF_BOTH[0], good)
     engine.evict, engine.show = evict, show  # type: ignore[method-assign]
     return {
         "tokens": engine.seen,
         "picture_rows": rows,
         "pictures": pictures,
-        "digests": digests,
-        "answers": answers,
-        "rss": memory,
+        **notes.rows(),
     }
 
 
-def slope(memory: list[tuple[int, int]]) -> float:
+def slope(memory: list[list[int]]) -> float:
     """Bytes per token of the line through all looks at the memory but the first quarter's."""
     later = np.array(memory[len(memory) // 4 :], np.float64)
     return float(np.polyfit(later[:, 0], later[:, 1], 1)[0])

@@ -51,7 +51,7 @@ class ExecuTorchProgram(ArtefactEngine):
     ) -> None:
         super().__init__(folder, manifest, target, threads, profile=profile)
         path = self._file("program")
-        with _native_log() as log:
+        with native_log() as log:
             self._torch, self._binding = _import_executorch(kernels=target.ops == "xnnpack")
             if threads is not None:
                 _set_threads(self._torch, self._binding, threads)
@@ -99,12 +99,7 @@ class ExecuTorchProgram(ArtefactEngine):
             self._check_constants(path)
             return {name: self._program.load_method(name) for name in self._wanted}
         except RuntimeError as error:
-            log.seek(0)
-            lines = [*log.read().decode(errors="replace").splitlines(), str(error).splitlines()[0]]
-            reason = "; ".join(line for line in lines if "cpuinfo" not in line and line.strip())
-            raise ArtefactError(
-                f"{path} does not load in ExecuTorch ({reason}): copy the whole folder again or export it again"
-            ) from error
+            raise does_not_load(path, log, error) from error
 
     def _facts(self) -> dict[str, Any]:
         """Constant methods and what the manifest means them to be."""
@@ -211,7 +206,7 @@ class ExecuTorchEngine(ExecuTorchProgram):
 
 
 @contextmanager
-def _native_log() -> Iterator[IO[bytes]]:
+def native_log() -> Iterator[IO[bytes]]:
     """What ExecuTorch's C++ side prints on standard error while it loads (CPU probing, reasons of a failure)."""
     with tempfile.TemporaryFile() as log:
         try:
@@ -225,6 +220,16 @@ def _native_log() -> Iterator[IO[bytes]]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+def does_not_load(path: Path, log: IO[bytes], error: RuntimeError) -> ArtefactError:
+    """What to tell of a program, with what :func:`native_log` heard."""
+    log.seek(0)
+    lines = [*log.read().decode(errors="replace").splitlines(), str(error).splitlines()[0]]
+    reason = "; ".join(line for line in lines if "cpuinfo" not in line and line.strip())
+    return ArtefactError(
+        f"{path} does not load in ExecuTorch ({reason}): copy the whole folder again or export it again"
+    )
 
 
 def _import_executorch(kernels: bool) -> tuple[ModuleType, ModuleType]:

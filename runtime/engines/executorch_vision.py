@@ -11,7 +11,12 @@ from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError
 from trimkv_edge.mixed_engine import spread
 from trimkv_edge.pictures import ChunkRows
-from trimkv_edge.runtime.engines.executorch import ExecuTorchEngine, ExecuTorchProgram, _native_log
+from trimkv_edge.runtime.engines.executorch import (
+    ExecuTorchEngine,
+    ExecuTorchProgram,
+    does_not_load,
+    native_log,
+)
 from trimkv_edge.runtime.engines.executorch_pooled import ExecuTorchPooledEngine
 from trimkv_edge.runtime.engines.mixed import MixedArtefactEngine
 
@@ -87,17 +92,12 @@ class _VisionProgram(MixedArtefactEngine, ExecuTorchProgram):
         if (len(loaded) + 1) * path.stat().st_size > _KEPT_ENCODERS:
             for method in loaded:
                 del self._methods[method]
-        with _native_log() as log:
+        with native_log() as log:
             try:
                 self._encoders = self._encoders or self._open_encoders(path)
                 self._methods[name] = self._encoders.load_method(name)
             except RuntimeError as error:
-                log.seek(0)
-                lines = [*log.read().decode(errors="replace").splitlines(), str(error).splitlines()[0]]
-                reason = "; ".join(line for line in lines if "cpuinfo" not in line and line.strip())
-                raise ArtefactError(
-                    f"{path} does not load in ExecuTorch ({reason}): copy the whole folder again or export it again"
-                ) from error
+                raise does_not_load(path, log, error) from error
 
     def _open_encoders(self, path: Path) -> Any:
         program = self._binding._load_program(
