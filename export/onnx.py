@@ -179,11 +179,13 @@ def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) ->
 
 
 class _Decoder(nn.Module):
-    """A step as a pure function of the cache, for tracing."""
+    """A step as a pure function of the cache, for tracing; ``read`` reads with ``model``."""
 
-    def __init__(self, read: Reader, attention: Callable[..., OnnxAttention], finish: Finish) -> None:
+    def __init__(
+        self, model: GatedModel, read: Reader, attention: Callable[..., OnnxAttention], finish: Finish
+    ) -> None:
         super().__init__()
-        self.read = read
+        self.model, self.read = model, read
         self.attention, self.finish = attention, finish
 
     def forward(
@@ -202,15 +204,16 @@ class _Decoder(nn.Module):
 class _PooledDecoder(nn.Module):
     """The same where heads share a budget."""
 
-    def __init__(self, read: Reader, heads: int, attention: type[PooledAttention], finish: Finish) -> None:
+    def __init__(self, model: GatedModel, read: Reader, attention: type[PooledAttention], finish: Finish) -> None:
         super().__init__()
-        self.read, self.heads = read, heads
+        self.model, self.read = model, read
         self.attention, self.finish = attention, finish
 
     def forward(
         self, chunk: list[Tensor], live_length: Tensor, lengths: Tensor, log_beta: Tensor, cache: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, chunk[0].shape[1], self.heads)
+        heads = self.model.config.num_key_value_heads
+        backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, chunk[0].shape[1], heads)
         logits = self.read(chunk, backend)
         pairs = zip(backend.keys, backend.values, strict=True)
         rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
@@ -256,11 +259,11 @@ def _save_decoder(
     with fused_rotary(model) if ops == "gqa" else nullcontext(), deferred_sigmoid(model) as finish:
         decoder: nn.Module
         if config.caps is not None:
-            decoder = _PooledDecoder(read, heads, POOLED_BACKENDS[ops], finish)
+            decoder = _PooledDecoder(model, read, POOLED_BACKENDS[ops], finish)
         else:
             # Int8 keys and values are for this backend alone.
             attention = partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops]
-            decoder = _Decoder(read, attention, finish)
+            decoder = _Decoder(model, read, attention, finish)
         program = trace(
             decoder,
             (list(chunk.values()), *plain.values(), table, cache),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimkv_edge.export.onnx_attention import OnnxAttention
 from trimkv_edge.export.onnx_pooled import PooledAttention
@@ -28,11 +28,10 @@ class Reader(Protocol):
         """Inputs in that order -> logits ``[1, 1, vocab_size]``."""
 
 
-class TextReader(nn.Module):
+class TextReader:
     """``input_ids`` int64 ``[1, T]`` and ``position`` int64 ``[1]`` of the first."""
 
     def __init__(self, model: GatedModel) -> None:
-        super().__init__()
         self.model = model
 
     @property
@@ -45,18 +44,17 @@ class TextReader(nn.Module):
             "position": torch.zeros(1, dtype=torch.int64),
         }
 
-    def forward(self, chunk: list[Tensor], backend: OnnxAttention | PooledAttention) -> Tensor:
+    def __call__(self, chunk: list[Tensor], backend: OnnxAttention | PooledAttention) -> Tensor:
         ids, position = chunk
         logits: Tensor = self.model(ids, chunk_positions(position, ids.shape[1]), backend)
         return logits
 
 
-class RowsReader(nn.Module):
+class RowsReader:
     """``embeddings`` float32 ``[1, T, hidden_size]``, ``positions`` int64 ``[3, T]`` and, if the model has DeepStack
     features, ``deepstack`` float32 ``[features, T, hidden_size]``."""
 
     def __init__(self, model: GatedVisionModel) -> None:
-        super().__init__()
         self.model = model
         encoder = vision_encoder(model.base)
         assert encoder is not None
@@ -74,7 +72,7 @@ class RowsReader(nn.Module):
         }
         return rows | ({"deepstack": torch.zeros(self.features, count, width)} if self.features else {})
 
-    def forward(self, chunk: list[Tensor], backend: OnnxAttention | PooledAttention) -> Tensor:
+    def __call__(self, chunk: list[Tensor], backend: OnnxAttention | PooledAttention) -> Tensor:
         embeddings, positions = chunk[:2]
         deepstack = chunk[2] if self.features else embeddings.new_zeros(0)
         return self.model.decode_rows(embeddings, positions, deepstack, backend)

@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_exit_code_2(model: Path, tmp_path: Path, argu
 def test_unknown_models_say_what_to_give(tmp_path: Path) -> None:
     shown = run("--model", "gpt-5", cwd=tmp_path)
     assert shown.returncode == 2
-    assert "known names: tiny, phi-3-mini" in shown.stderr
+    assert "known names: tiny, tiny-vl, phi-3-mini" in shown.stderr
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     shown = run("--model", ".", cwd=tmp_path)
     assert shown.returncode == 2

@@ -94,7 +94,8 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
         (job.folder / "model.pte").write_bytes(b"x")
         return targets.Target("executorch", "xnnpack", {"program": "model.pte"})
 
-    def engine_class(name: str, config: CacheConfig) -> Any:
+    def engine_class(name: str, config: CacheConfig, *, vision: bool) -> Any:
+        assert not vision
         return lambda folder, manifest, target: ForgetsTheOldest(gated_model("qwen3-gqa"), manifest.cache)
 
     monkeypatch.setitem(targets.TARGETS, "executorch", targets.TargetSpec(("xnnpack",), export))

@@ -52,7 +52,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_named_model_is_listed() -> None:
-    assert set(PUBLISHED) | {"tiny", *SHAPELESS} == set(MODELS)
+    assert set(PUBLISHED) | {"tiny", "tiny-vl", *SHAPELESS} == set(MODELS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -99,7 +99,7 @@ def test_offline_message_names_the_ways_out() -> None:
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "a/b/c"])
 def test_unknown_name_lists_the_known(name: str) -> None:
-    with pytest.raises(ModelError, match="known names: tiny, phi-3-mini"):
+    with pytest.raises(ModelError, match="known names: tiny, tiny-vl, phi-3-mini"):
         find_source(name)
 
 
