@@ -49,7 +49,6 @@ from trimkv_edge.export.executorch_quantize import traceable
 from trimkv_edge.export.executorch_vision import (
     VISION,
     RowsForward,
-    check_sizes,
     decoder_part,
     picture_constants,
     trace_encoders,
@@ -60,6 +59,7 @@ from trimkv_edge.export.quantization import none
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import stored_bytes
 from trimkv_edge.export.resume import RESUMABLE, Numbers, kept_folder, owned
+from trimkv_edge.export.vision import check_sizes
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.pictures import GatedVisionModel

@@ -31,38 +31,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from trimkv_edge.errors import ConfigError
 from trimkv_edge.export.executorch_attention import Step
 from trimkv_edge.export.executorch_quantize import Late, Zeros
 from trimkv_edge.models.family import text_decoder, vision_encoder
-from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.picture_encoder import PictureEncoder
-from trimkv_edge.models.pictures import GatedVisionModel
+from trimkv_edge.models.pictures import Embed, GatedVisionModel
+from trimkv_edge.models.rope import mrope_axes
 from trimkv_edge.models.skeleton import Weights, parameter_slots
 
 VISION = "vision.pte"
 _VISUAL = "base.model.visual"
 # Numbers in the largest table of an encoder's attention: 64 MiB.
 _PAIRS = 2**24
-
-
-def features_of(model: GatedVisionModel) -> int:
-    """DeepStack features of a picture."""
-    return len(model.base.config.vision_config.deepstack_visual_indexes)
-
-
-def check_sizes(model: GatedModel, sizes: Sequence[tuple[int, int]]) -> None:
-    """Raises :class:`ConfigError` for picture sizes that the model's encoder cannot have."""
-    if not isinstance(model, GatedVisionModel):
-        if sizes:
-            raise ConfigError("picture sizes are for models that read pictures, and this one reads text only")
-        return
-    if not sizes:
-        raise ConfigError("a model that reads pictures is exported for picture sizes: give at least one")
-    merge = model.base.config.vision_config.spatial_merge_size
-    for size in sizes:
-        if any(side < 1 or side % merge for side in size):
-            raise ConfigError(f"picture size {size[0]} x {size[1]} in patches: give multiples of {merge}")
 
 
 def decoder_part(model: GatedVisionModel) -> GatedVisionModel:
@@ -95,9 +75,7 @@ class _MixedRotary(nn.Module):
 
     def __init__(self, rotary: Any) -> None:
         super().__init__()
-        count = rotary.inv_freq.shape[0]
-        axes = torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, count)
-        self.register_buffer("axes", rotary.recomposition_frequencies(axes)[0, 0, :count].long())
+        self.register_buffer("axes", mrope_axes(rotary))
         self.register_buffer("inv_freq", rotary.inv_freq.float())
         self.scaling = rotary.attention_scaling
 
@@ -107,18 +85,6 @@ class _MixedRotary(nn.Module):
         angles = chosen.float() * self.inv_freq
         angles = torch.cat((angles, angles), -1)[None]
         return angles.cos() * self.scaling, angles.sin() * self.scaling
-
-
-class Embed(nn.Module):
-    """``input_ids int64 [1, T] -> float32 [1, T, hidden_size]``."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self.embedding = embedding
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        rows: Tensor = self.embedding(input_ids)
-        return rows
 
 
 class RowsForward(nn.Module):
@@ -143,7 +109,7 @@ class RowsForward(nn.Module):
 def trace_rows(forward: RowsForward, most: int) -> dict[str, ExportedProgram]:
     """``torch.export`` of ``forward`` and ``embed``, for chunks of up to ``most`` tokens."""
     model, chunk = forward.model, min(most, 3)
-    width, features = model.config.hidden_size, features_of(model)
+    width, features = model.config.hidden_size, model.features
     moving = {1: Dim("T", min=1, max=most)} if chunk > 1 else None
     rows = [torch.zeros(1, chunk, width), torch.zeros(3, chunk, dtype=torch.int64)]
     rows += [torch.zeros(features, chunk, width)] if features else []
@@ -256,6 +222,6 @@ def picture_constants(model: GatedVisionModel, sizes: Sequence[tuple[int, int]])
     """Constant methods of both programs; sizes are one list, down and across in turns."""
     return {
         "get_trimkv_hidden_size": model.config.hidden_size,
-        "get_trimkv_features": features_of(model),
+        "get_trimkv_features": model.features,
         "get_trimkv_picture_sizes": [side for size in sizes for side in size],
     }

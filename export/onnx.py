@@ -47,11 +47,12 @@ from trimkv_edge.export.onnx_reshapes import drop_round_trips
 from trimkv_edge.export.onnx_rewrite import clean, divide_by_roots
 from trimkv_edge.export.onnx_rotary import fused_rotary
 from trimkv_edge.export.onnx_trace import trace
-from trimkv_edge.export.onnx_vision import check_vision, save_embed, save_vision
+from trimkv_edge.export.onnx_vision import check_scheme, save_embed, save_vision
 from trimkv_edge.export.onnx_weights import fill, prepare
 from trimkv_edge.export.quantization import SCHEMES, check_kv_dtype
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.resume import Numbers
+from trimkv_edge.export.vision import check_sizes
 from trimkv_edge.kv_scales import KVScales
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
@@ -106,8 +107,9 @@ def export_onnx(
         )
     check_kv_dtype(scheme, config.kv_dtype)
     _check_kv_dtype(config, ops, scales)
+    check_sizes(model, sizes)
     if isinstance(model, GatedVisionModel):
-        check_vision(scheme, sizes)
+        check_scheme(scheme)
     check = lint_standard if ops == "standard" else lint
     say("onnx: evict graph")
     evict = _evict_model(config, shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)

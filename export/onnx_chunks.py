@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trimkv_edge.export.onnx_attention import OnnxAttention
 from trimkv_edge.export.onnx_pooled import PooledAttention
-from trimkv_edge.models.family import vision_encoder
 from trimkv_edge.models.gated import GatedModel, chunk_positions
 from trimkv_edge.models.pictures import GatedVisionModel
 
@@ -55,10 +54,7 @@ class RowsReader:
     features, ``deepstack`` float32 ``[features, T, hidden_size]``."""
 
     def __init__(self, model: GatedVisionModel) -> None:
-        self.model = model
-        encoder = vision_encoder(model.base)
-        assert encoder is not None
-        self.features = len(encoder.deepstack_visual_indexes)
+        self.model, self.features = model, model.features
 
     @property
     def dynamic(self) -> list[int | None]:

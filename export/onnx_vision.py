@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.export.onnx_data import save_with_data
@@ -31,32 +31,20 @@ from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.resume import Numbers
 from trimkv_edge.models.family import text_decoder, vision_encoder
 from trimkv_edge.models.picture_encoder import PictureEncoder
-from trimkv_edge.models.pictures import GatedVisionModel
+from trimkv_edge.models.pictures import Embed, GatedVisionModel
 from trimkv_edge.models.skeleton import Weights
 
 EMBED, EMBED_DATA, VISION_DATA = "embed.onnx", "embed.onnx.data", "vision.onnx.data"
 _POSITIONS = "base.model.visual.pos_embed.weight"
 
 
-def check_vision(scheme: Scheme, sizes: Sequence[tuple[int, int]]) -> None:
+def check_scheme(scheme: Scheme) -> None:
     """Raises :class:`ConfigError` for what a model that reads pictures cannot have."""
     if scheme.float_bits == 16:
         raise ConfigError(
             f"--quant {scheme.name} computes in float16, and models that read pictures compute in float32 here: "
             "use none, int8 or int4"
         )
-    if not sizes:
-        raise ConfigError("a model that reads pictures is exported for picture sizes: give at least one")
-
-
-class _Embed(nn.Module):
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self.embedding = embedding
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        rows: Tensor = self.embedding(input_ids)
-        return rows.float()
 
 
 def save_embed(model: GatedVisionModel, chunk: int, folder: Path, opset: int) -> dict[str, str]:
@@ -71,7 +59,7 @@ def save_embed(model: GatedVisionModel, chunk: int, folder: Path, opset: int) ->
     Returns:
         files by role.
     """
-    module = _Embed(text_decoder(model.base).embed_tokens)
+    module = Embed(text_decoder(model.base).embed_tokens)
     size = min(chunk, 3)
     tokens = {1: torch.export.Dim("T", min=1, max=chunk)} if size > 1 else None
     ids = torch.zeros(1, size, dtype=torch.int64)

@@ -9,6 +9,8 @@ from typing import Any
 
 from trimkv_edge.errors import ConfigError
 from trimkv_edge.manifest import VisionInfo
+from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.source import ModelSource
 from trimkv_edge.runtime.picture_patches import CONFIG_FILE, PatchSettings
 
@@ -59,6 +61,20 @@ def vision_info(source: ModelSource, sizes: Sequence[str]) -> VisionInfo:
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
     )
+
+
+def check_sizes(model: GatedModel, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises :class:`ConfigError` for picture sizes, in patches, that the model's encoder cannot have."""
+    if not isinstance(model, GatedVisionModel):
+        if sizes:
+            raise ConfigError("picture sizes are for models that read pictures, and this one reads text only")
+        return
+    if not sizes:
+        raise ConfigError("a model that reads pictures is exported for picture sizes: give at least one")
+    merge = model.base.config.vision_config.spatial_merge_size
+    for size in sizes:
+        if any(side < 1 or side % merge for side in size):
+            raise ConfigError(f"picture size {size[0]} x {size[1]} in patches: give multiples of {merge}")
 
 
 def _parsed(sizes: Sequence[str], settings: PatchSettings) -> list[tuple[int, int]]:

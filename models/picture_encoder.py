@@ -11,6 +11,22 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 
+def size_tables(visual: Any, down: int, across: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What an encoder needs to know of a size: position embeddings ``[patches, width]``, interpolated from ``table``,
+    and cosines and sines ``[patches, head_dim]`` of its rotary embedding."""
+    grid, merge = torch.tensor([[1, down, across]]), visual.config.spatial_merge_size
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid,
+        num_grid_per_side=visual.num_grid_per_side,
+        mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners,
+        spatial_merge_size=merge,
+    )
+    positions = (table[indices] * weights[:, :, None]).sum(1)
+    cos, sin = visual.rotary_pos_emb(positions, get_vision_position_ids(grid, merge))
+    return positions, cos, sin
+
+
 class PictureEncoder(nn.Module):
     """Encodes one image, or one frame group of a video, of a fixed size: all of its patches see each other.
 
@@ -27,20 +43,10 @@ class PictureEncoder(nn.Module):
     def __init__(self, visual: Any, down: int, across: int, table: Tensor | None = None) -> None:
         super().__init__()
         self.visual = visual
-        grid, merge = torch.tensor([[1, down, across]]), visual.config.spatial_merge_size
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=visual.num_grid_per_side,
-            mode=visual.interpolation_mode,
-            align_corners=visual.interpolation_align_corners,
-            spatial_merge_size=merge,
-        )
-        table = visual.pos_embed.weight if table is None else table
         with torch.no_grad():
-            self.register_buffer("positions", (table[indices] * weights[:, :, None]).sum(1))
-            cos, sin = visual.rotary_pos_emb(self.positions, get_vision_position_ids(grid, merge))
-            self.register_buffer("cos", cos)
-            self.register_buffer("sin", sin)
+            tables = size_tables(visual, down, across, visual.pos_embed.weight if table is None else table)
+        for name, made in zip(("positions", "cos", "sin"), tables, strict=True):
+            self.register_buffer(name, made)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """``[patches, values]`` -> rows ``[rows, hidden_size]`` (rows are patches / merge^2) and DeepStack features

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimkv_edge.errors import ModelError
 from trimkv_edge.models.attention import BACKEND_KEYWORD, AttentionBackend
@@ -14,8 +14,25 @@ from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.pictures import IMAGE, VIDEO, ChunkRows, Picture
 
 
+class Embed(nn.Module):
+    """``input_ids`` int64 ``[1, T]`` -> float32 ``[1, T, hidden_size]``, as a graph of its own."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows: Tensor = self.embedding(input_ids)
+        return rows
+
+
 class GatedVisionModel(GatedModel):
     """A transformers vision-language model with retention gates in its text decoder."""
+
+    @property
+    def features(self) -> int:
+        """DeepStack features of a picture."""
+        return len(self.base.config.vision_config.deepstack_visual_indexes)
 
     @property
     def placeholders(self) -> dict[int, str]:

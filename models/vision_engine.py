@@ -30,7 +30,7 @@ class VisionEngine(MixedEngine, TorchEngine):
 
     @property
     def picture_shape(self) -> tuple[int, int]:
-        return len(self.model.base.config.vision_config.deepstack_visual_indexes), self.model.config.hidden_size
+        return self.model.features, self.model.config.hidden_size
 
     def encode(self, kind: str, pixel_values: FloatArray, grid_thw: IntArray) -> list[Picture]:
         """See :class:`MixedEngine`."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_edge.errors import ConfigError, reason
+from trimkv_edge.manifest import VisionInfo
 from trimkv_edge.runtime.picture_header import PictureError
 
 if TYPE_CHECKING:
@@ -70,6 +71,17 @@ class PatchSettings:
     def factor(self) -> int:
         """Sides of resized pictures are multiples of this many pixels."""
         return self.patch_size * self.merge_size
+
+    @classmethod
+    def of(cls, vision: VisionInfo) -> PatchSettings:
+        """Those of a manifest; its static sizes stand for the limits."""
+        return cls(
+            patch_size=vision.patch_size,
+            merge_size=vision.merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            mean=vision.mean,
+            std=vision.std,
+        )
 
     @classmethod
     def load(cls, path: Path) -> PatchSettings:

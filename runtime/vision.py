@@ -55,13 +55,7 @@ class PictureReader:
 
     def __init__(self, vision: VisionInfo, limits: PictureLimits | None = None) -> None:
         self._vision, self._limits = vision, limits
-        self._settings = PatchSettings(
-            patch_size=vision.patch_size,
-            merge_size=vision.merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            mean=vision.mean,
-            std=vision.std,
-        )
+        self._settings = PatchSettings.of(vision)
 
     @classmethod
     def of(cls, artefact: Artefact, limits: PictureLimits | None = None) -> PictureReader:

@@ -90,7 +90,11 @@ class Dialogue:
 
 def random_text(rng: random.Random, length: int, held_out: bool = False) -> list[int]:
     """`length` token ids from a random place of the standard library (files joined by the end-of-text token)."""
-    files = text_ids(held_out)
+    return piece(rng, text_ids(held_out), length, encode("<|endoftext|>")[0])
+
+
+def piece(rng: random.Random, files: "tuple[tuple[int, ...], ...]", length: int, end: int) -> list[int]:
+    """`length` token ids from a random place of `files`, which are joined by the token `end`."""
     out: list[int] = []
     while len(out) < length:
         ids = files[rng.randrange(len(files))]
@@ -99,7 +103,7 @@ def random_text(rng: random.Random, length: int, held_out: bool = False) -> list
         start = rng.randrange(len(ids)) if not out else 0
         out.extend(ids[start : start + length - len(out)])
         if len(out) < length:
-            out.append(encode("<|endoftext|>")[0])
+            out.append(end)
     return out
 
 

@@ -4,6 +4,7 @@ import random
 from functools import lru_cache
 
 from trimkv_edge.models.tiny.corpus import stdlib_texts
+from trimkv_edge.models.tiny.data import piece
 from trimkv_edge.models.tiny_vl.tokenizer import load_tokenizer
 
 
@@ -15,14 +16,4 @@ def text_ids(held_out: bool = False) -> tuple[tuple[int, ...], ...]:
 
 def random_text(rng: random.Random, length: int, held_out: bool = False) -> list[int]:
     """`length` token ids from a random place of the standard library (files joined by the end-of-text token)."""
-    files = text_ids(held_out)
-    out: list[int] = []
-    while len(out) < length:
-        ids = files[rng.randrange(len(files))]
-        if not ids:
-            continue
-        start = rng.randrange(len(ids)) if not out else 0
-        out.extend(ids[start : start + length - len(out)])
-        if len(out) < length:
-            out.append(0)
-    return out
+    return piece(rng, text_ids(held_out), length, end=0)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from trimkv_edge.models.picture_encoder import size_tables
 from trimkv_edge.models.tiny.network import ATTENTION
 from trimkv_edge.models.tiny.network import config as tiny_config
 from trimkv_edge.models.tiny.tokenizer import WEIGHTS as TINY_WEIGHTS
@@ -103,16 +103,8 @@ def encode(visual: Any, patches: Tensor, down: int, across: int) -> tuple[Tensor
 
     patches [N, down * across, values], merged ones in a row -> rows [N, R, hidden], DeepStack [features, N, R, hidden].
     """
-    grid, merge = torch.tensor([[1, down, across]]), visual.config.spatial_merge_size
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid,
-        num_grid_per_side=visual.num_grid_per_side,
-        mode=visual.interpolation_mode,
-        align_corners=visual.interpolation_align_corners,
-        spatial_merge_size=merge,
-    )
-    positions = (visual.pos_embed(indices) * weights[:, :, None]).sum(1)
-    angles = visual.rotary_pos_emb(positions, get_vision_position_ids(grid, merge))
+    merge = visual.config.spatial_merge_size
+    positions, *angles = size_tables(visual, down, across, visual.pos_embed.weight)
     patch = visual.patch_embed.proj
     hidden = F.linear(patches, patch.weight.flatten(1), patch.bias) + positions
     features = []

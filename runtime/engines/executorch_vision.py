@@ -18,10 +18,7 @@ from trimkv_edge.runtime.engines.executorch import (
     native_log,
 )
 from trimkv_edge.runtime.engines.executorch_pooled import ExecuTorchPooledEngine
-from trimkv_edge.runtime.engines.mixed import MixedArtefactEngine
-
-# Each loaded size of the vision encoder has packed weights of its own: so many bytes of them stay loaded, or one size.
-_KEPT_ENCODERS = 256 * 2**20
+from trimkv_edge.runtime.engines.mixed import KEPT_ENCODERS, MixedArtefactEngine
 
 
 class _Chunk(NamedTuple):
@@ -89,7 +86,7 @@ class _VisionProgram(MixedArtefactEngine, ExecuTorchProgram):
     def _load_encoder(self, name: str) -> None:
         path = self._file("vision")
         loaded = [method for method in self._methods if method.startswith("encode_")]
-        if (len(loaded) + 1) * path.stat().st_size > _KEPT_ENCODERS:
+        if (len(loaded) + 1) * path.stat().st_size > KEPT_ENCODERS:
             for method in loaded:
                 del self._methods[method]
         with native_log() as log:

@@ -15,6 +15,9 @@ from trimkv_edge.mixed_engine import MixedEngine
 from trimkv_edge.pictures import IMAGE, VIDEO, Picture
 from trimkv_edge.runtime.engines.base import ArtefactEngine
 
+# Each loaded size of a vision encoder has weights of its own: so many bytes of them stay loaded, or one size.
+KEPT_ENCODERS = 256 * 2**20
+
 
 class MixedArtefactEngine(MixedEngine, ArtefactEngine):
     """Takes placeholders and picture sizes from the manifest; goes before the engine's own kind."""

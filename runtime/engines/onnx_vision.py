@@ -9,12 +9,9 @@ import numpy as np
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.mixed_engine import spread
 from trimkv_edge.pictures import ChunkRows
-from trimkv_edge.runtime.engines.mixed import MixedArtefactEngine
+from trimkv_edge.runtime.engines.mixed import KEPT_ENCODERS, MixedArtefactEngine
 from trimkv_edge.runtime.engines.onnx import Array, OnnxEngine
 from trimkv_edge.runtime.engines.onnx_pooled import OnnxPooledEngine
-
-# Each loaded size of the vision encoder has weights of its own: so many bytes of them stay loaded, or one size.
-_KEPT_ENCODERS = 256 * 2**20
 
 
 class _Chunk(NamedTuple):
@@ -81,7 +78,7 @@ class OnnxVisionEngine(MixedArtefactEngine, OnnxEngine):
         session = self._encoders.get(size)
         if session is None:
             bytes_each = self._file("vision_data").stat().st_size
-            if bytes_each * (len(self._encoders) + 1) > _KEPT_ENCODERS:
+            if bytes_each * (len(self._encoders) + 1) > KEPT_ENCODERS:
                 self._encoders.clear()
             session = self._encoders[size] = self._load(f"vision-{size[0]}x{size[1]}", self.threads or 1)
         rows, features = session.run(None, {"pixel_values": pixels})

@@ -65,13 +65,7 @@ class _Writer:
         self.vision = vision
         self.tokenizer = TextTokenizer(source.folder / TOKENIZER_FILE)
         self.template = (source.folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-        self.settings = PatchSettings(
-            patch_size=vision.patch_size,
-            merge_size=vision.merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-            mean=vision.mean,
-            std=vision.std,
-        )
+        self.settings = PatchSettings.of(vision)
 
     def stream(self, seed: str, texts: Sequence[str], length: int) -> MixedSample:
         """``length`` tokens; a picture at its end may be cut."""

@@ -108,7 +108,7 @@ def test_large_encoders_do_not_stay_loaded(artefact: VisionArtefact, monkeypatch
     keeping, engine = open_executorch(artefact), open_executorch(artefact)
     grids = [np.array([[1, *size]]) for size in ((4, 4), (4, 6), (4, 4))]
     want = [keeping.encode("image", pixels(int(grid.prod())), grid)[0] for grid in grids]
-    monkeypatch.setattr(module, "_KEPT_ENCODERS", 1)
+    monkeypatch.setattr(module, "KEPT_ENCODERS", 1)
     got = [engine.encode("image", pixels(int(grid.prod())), grid)[0] for grid in grids]
     for one, other in zip(want, got, strict=True):
         np.testing.assert_array_equal(one.embeddings, other.embeddings)
