@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 
 def size_tables(visual: Any, down: int, across: int, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What an encoder needs to know of a size: position embeddings ``[patches, width]``, interpolated from ``table``,
     and cosines and sines ``[patches, head_dim]`` of its rotary embedding."""
+    # Exports of text models import this module too, and need none of transformers' vision code.
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
     grid, merge = torch.tensor([[1, down, across]]), visual.config.spatial_merge_size
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid,
@@ -65,6 +66,8 @@ class PictureEncoder(nn.Module):
         return rows, torch.stack(features) if features else rows.new_zeros(0, *rows.shape)
 
     def _attend(self, attention: Any, hidden: Tensor) -> Tensor:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
         count = hidden.shape[0]
         query, key, value = attention.qkv(hidden).view(count, 3, attention.num_heads, -1).unbind(1)
         query, key = apply_rotary_pos_emb_vision(query, key, self.cos, self.sin)
