@@ -1,15 +1,18 @@
-"""The ONNX target: ``decoder.onnx`` (a chunk of tokens over the bounded cache) and ``evict.onnx`` (the event).
+"""The ONNX target: ``decoder.onnx`` (a chunk of tokens over the bounded cache), ``gates.onnx`` (their log-betas, see
+:mod:`trimkv_edge.export.onnx_gates`) and ``evict.onnx`` (the event).
 
 State tensors are inputs ``past.X`` and outputs ``present.X``, made so that a runtime may bind one buffer to both:
 
 ============== ======================================= ====================================================
 ``{i}.key``    kv_dtype ``[1, kv_heads, M + B, head_dim]`` layer i, after RoPE; ``{i}.value`` alike
-``log_beta``   float32 ``[M + B, layers * kv_heads]``    column = layer * kv_heads + head; one write per step
+``log_beta``   float32 ``[M + B, layers * kv_heads]``    column = layer * kv_heads + head
 ``positions``  int64 ``[layers * kv_heads, M]``          of the kept prefix, evict only; the ring's follow from ``seen``
 ============== ======================================= ====================================================
 
 The decoder also reads ``input_ids`` int64 ``[1, T]``, ``position`` int64 ``[1]`` (of the first token) and
-``live_length`` int64 ``[1]``, and gives ``logits`` float32 ``[1, 1, vocabulary]``. T is its only dynamic axis.
+``live_length`` int64 ``[1]``, and gives ``logits`` float32 ``[1, 1, vocabulary]`` and per layer what its gate reads,
+``gate_input.{i}`` float32 ``[1, T, hidden_size]``. T is its only dynamic axis. With plain operators and for GPUs there
+is no ``gates.onnx``: the decoder runs the gates and has ``log_beta`` as state.
 Where heads share a budget, heads have tensors of their own: see :mod:`trimkv_edge.export.onnx_pooled`. Of a model that
 reads pictures it takes rows instead of ids: see :mod:`trimkv_edge.export.onnx_vision`.
 """
@@ -28,7 +31,6 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.onnx import ops as onnx_ops
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
@@ -37,7 +39,14 @@ from trimkv_edge.export.onnx_attention import BACKENDS, GroupQueryAttention, Onn
 from trimkv_edge.export.onnx_chunks import Reader, RowsReader, TextReader
 from trimkv_edge.export.onnx_data import save_with_data
 from trimkv_edge.export.onnx_evict import evict_model
-from trimkv_edge.export.onnx_gates import Finish, deferred_sigmoid
+from trimkv_edge.export.onnx_gates import (
+    Gates,
+    deferred_sigmoid,
+    may_wait,
+    silent_gates,
+    trace_gates,
+    write_log_betas,
+)
 from trimkv_edge.export.onnx_lint import lint, lint_standard
 from trimkv_edge.export.onnx_norms import fuse_skip_norms
 from trimkv_edge.export.onnx_pooled import POOLED_BACKENDS, PooledAttention, table_width
@@ -60,6 +69,8 @@ from trimkv_edge.models.pictures import GatedVisionModel
 from trimkv_edge.models.skeleton import Weights, model_weights
 
 DECODER, DECODER_DATA, EVICT, SCALES = "decoder.onnx", "decoder.onnx.data", "evict.onnx", "kv_scales.npz"
+GATES, GATES_DATA = "gates.onnx", "gates.onnx.data"
+_GRAPHS = {"decoder": (DECODER, DECODER_DATA), "gates": (GATES, GATES_DATA)}
 # 18 is the lowest opset that torch's exporter writes natively and has every operator used here, so the standard variant
 # loads in any runtime that knows plain ONNX operators; 20 is what GroupQueryAttention was verified with.
 _OPSETS = {"gqa": 20, "standard": 18}
@@ -78,7 +89,7 @@ def export_onnx(
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     progress: Callable[[str], None] | None = None,
 ) -> Target:
-    """Writes ``decoder.onnx``, its external data and ``evict.onnx`` into ``folder``, each through a temporary name.
+    """Writes the graphs and their external data into ``folder``, each through a temporary name.
 
     Args:
         model: float32, on the CPU; hollow if ``weights`` are given.
@@ -120,20 +131,26 @@ def export_onnx(
         work = Path(temporary)
         say("onnx: decoder graph")
         prepared = prepare(model.eval(), weights or model_weights(model), scheme)
-        _save_decoder(prepared, config, ops, scales, work / DECODER, numbers, say)
+        waiting = may_wait(prepared, config, ops)
+        _save_decoder(prepared, config, ops, scales, waiting, work / DECODER, numbers, say)
         more: dict[str, str] = {}
+        if waiting:
+            say("onnx: gates")
+            _save_gates(prepared, config, _OPSETS[ops], work / GATES, numbers)
+            more |= {"gates": GATES, "gates_data": GATES_DATA}
         if isinstance(prepared, GatedVisionModel):
             say("onnx: embeddings")
             more |= save_embed(prepared, config.prefill_chunk, work, _OPSETS[ops])
             more |= save_vision(prepared, weights or model_weights(model), sizes, work, _OPSETS[ops], say)
-        decoder = onnx.load(work / DECODER, load_external_data=False)
-        clean(decoder)
-        divide_by_roots(decoder)
-        onnx.save(decoder, work / DECODER)
         onnx.save(evict, work / EVICT)
         say("onnx: checks")
-        onnx.checker.check_model(work / DECODER)
-        _require_safe(DECODER, check(decoder))
+        for name in (DECODER, *([GATES] if waiting else [])):
+            graph = onnx.load(work / name, load_external_data=False)
+            clean(graph)
+            divide_by_roots(graph)
+            onnx.save(graph, work / name)
+            onnx.checker.check_model(work / name)
+            _require_safe(name, check(graph))
         files = {"decoder": DECODER, "decoder_data": DECODER_DATA, "evict": EVICT, **more}
         for name in files.values():
             os.replace(work / name, folder / name)
@@ -158,20 +175,25 @@ def _check_kv_dtype(config: CacheConfig, ops: str, scales: KVScales | None) -> N
 
 
 def with_float_activations(folder: Path, target: Target, scratch: Path) -> Target:
-    """The same target with a decoder that computes in float32 instead of rounding activations to int8, to verify with.
+    """The same target with graphs that compute in float32 instead of rounding activations to int8, to verify with.
 
     Args:
         folder: the artefact.
-        scratch: a folder inside it for the graph; the weights stay where they are.
+        scratch: a folder inside it for the graphs; the weights stay where they are.
     """
-    decoder = onnx.load(folder / target.files["decoder"], load_external_data=False)
-    for node in decoder.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    (scratch / DECODER_DATA).hardlink_to(folder / target.files["decoder_data"])
-    onnx.save(decoder, scratch / DECODER)
-    return replace(target, files={**target.files, "decoder": str((scratch / DECODER).relative_to(folder))})
+    files = dict(target.files)
+    for role, (name, data) in _GRAPHS.items():
+        if role not in files:
+            continue
+        model = onnx.load(folder / files[role], load_external_data=False)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
+        (scratch / data).hardlink_to(folder / files[f"{role}_data"])
+        onnx.save(model, scratch / name)
+        files[role] = str((scratch / name).relative_to(folder))
+    return replace(target, files=files)
 
 
 def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) -> onnx.ModelProto:
@@ -181,45 +203,74 @@ def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) ->
 
 
 class _Decoder(nn.Module):
-    """A step as a pure function of the cache, for tracing; ``read`` reads with ``model``."""
+    """A step as a pure function of the cache, for tracing; it gives what the gates read.
 
-    def __init__(
-        self, model: GatedModel, read: Reader, attention: Callable[..., OnnxAttention], finish: Finish
-    ) -> None:
+    ``read`` reads with ``model``; ``attention`` takes keys, values, the numbers that tell what is live, and T.
+    """
+
+    def __init__(self, model: GatedModel, read: Reader, attention: Callable[..., OnnxAttention | PooledAttention]):
         super().__init__()
-        self.model, self.read = model, read
-        self.attention, self.finish = attention, finish
+        self.model, self.read, self.attention = model, read, attention
 
-    def forward(
-        self, chunk: list[Tensor], live_length: Tensor, log_beta: Tensor, cache: list[Tensor]
+    def forward(self, chunk: list[Tensor], numbers: list[Tensor], cache: list[Tensor]) -> tuple[Tensor, ...]:
+        with silent_gates(self.model):
+            logits, backend = self._step(chunk, numbers, cache)
+        return (logits, *_caches(backend), *backend.retained)
+
+    def _step(
+        self, chunk: list[Tensor], numbers: list[Tensor], cache: list[Tensor]
+    ) -> tuple[Tensor, OnnxAttention | PooledAttention]:
+        backend = self.attention(cache[0::2], cache[1::2], numbers, chunk[0].shape[1])
+        return self.read(chunk, backend).float(), backend
+
+
+class _GatedDecoder(_Decoder):
+    """The same with log-betas as state, which the step writes."""
+
+    def forward(  # type: ignore[override]
+        self, chunk: list[Tensor], numbers: list[Tensor], cache: list[Tensor], log_beta: Tensor
     ) -> tuple[Tensor, ...]:
-        backend = self.attention(cache[0::2], cache[1::2], live_length, chunk[0].shape[1])
-        logits = self.read(chunk, backend)
-        rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
-        written = onnx_ops.symbolic(
-            "ScatterND", (log_beta, backend.slots[:, None], rows), dtype=torch.float32, shape=log_beta.shape, version=18
-        )
-        pairs = zip(backend.keys, backend.values, strict=True)
-        return (logits.float(), written, *(tensor for pair in pairs for tensor in pair))
+        with deferred_sigmoid(self.model) as finish:
+            logits, backend = self._step(chunk, numbers, cache)
+        new = finish(torch.cat(backend.retained, dim=-1)[0])
+        return (logits, *_caches(backend), write_log_betas(log_beta, numbers, new))
 
 
-class _PooledDecoder(nn.Module):
-    """The same where heads share a budget."""
+def _caches(backend: OnnxAttention | PooledAttention) -> list[Tensor]:
+    return [tensor for pair in zip(backend.keys, backend.values, strict=True) for tensor in pair]
 
-    def __init__(self, model: GatedModel, read: Reader, attention: type[PooledAttention], finish: Finish) -> None:
-        super().__init__()
-        self.model, self.read = model, read
-        self.attention, self.finish = attention, finish
 
-    def forward(
-        self, chunk: list[Tensor], live_length: Tensor, lengths: Tensor, log_beta: Tensor, cache: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        heads = self.model.config.num_key_value_heads
-        backend = self.attention(cache[0::2], cache[1::2], lengths, live_length, chunk[0].shape[1], heads)
-        logits = self.read(chunk, backend)
-        pairs = zip(backend.keys, backend.values, strict=True)
-        rows = self.finish(torch.cat(backend.log_betas, dim=-1)[0])
-        return (logits, backend.write_log_betas(log_beta, rows), *(tensor for pair in pairs for tensor in pair))
+def _attention(
+    model: GatedModel, config: CacheConfig, ops: str, scales: KVScales | None
+) -> Callable[..., OnnxAttention | PooledAttention]:
+    """See :class:`_Decoder`."""
+    if config.caps is None:
+        # Int8 keys and values are for this backend alone.
+        make = partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops]
+        return lambda keys, values, numbers, count: make(keys, values, numbers[0], count)
+    pooled, heads = POOLED_BACKENDS[ops], model.config.num_key_value_heads
+    return lambda keys, values, numbers, count: pooled(keys, values, numbers[1], numbers[0], count, heads)
+
+
+def _live(model: GatedModel, config: CacheConfig) -> tuple[dict[str, Tensor], Tensor]:
+    """Examples of the numbers that tell what is live, and of the table of log-betas."""
+    number, zero = torch.zeros(1, dtype=torch.int64), torch.zeros(1)  # expanded: tracing needs shapes, not gigabytes
+    rows = model.config.num_hidden_layers * model.config.num_key_value_heads
+    if config.caps is None:
+        return {"live_length": number}, zero.expand(config.slots, rows)
+    return {"live_length": number, "lengths": number.expand(rows)}, zero.expand(rows, table_width(config))
+
+
+def _cache_shapes(model: GatedModel, config: CacheConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of keys, and of values, by the names that come before ``.key``."""
+    layers, heads = range(model.config.num_hidden_layers), model.config.num_key_value_heads
+    if config.caps is None:
+        return {f"{layer}": (1, heads, config.slots, model.head_dim) for layer in layers}
+    return {
+        f"{layer}.{head}": (1, 1, config.caps[layer][head] + config.buffer, model.head_dim)
+        for layer in layers
+        for head in range(heads)
+    }
 
 
 def _save_decoder(
@@ -227,50 +278,39 @@ def _save_decoder(
     config: CacheConfig,
     ops: str,
     scales: KVScales | None,
+    waiting: bool,
     path: Path,
     numbers: Numbers,
     say: Callable[[str], None],
 ) -> None:
-    shape = model.config
-    layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
-    zero, number = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     size = min(config.prefill_chunk, 3)
     read: Reader = RowsReader(model) if isinstance(model, GatedVisionModel) else TextReader(model)
     chunk = read.example(size)
     tokens = torch.export.Dim("T", min=1, max=config.prefill_chunk) if size > 1 else None
-    plain = {"live_length": number.clone()}
-    # Expanded: tracing needs shapes, not gigabytes.
-    if config.caps is None:
-        prefixes = [f"{layer}" for layer in range(layers)]
-        shapes = [(1, heads, config.slots, model.head_dim)] * layers
-        table = zero.expand(config.slots, layers * heads)
-    else:
-        prefixes = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
-        shapes = [(1, 1, cap + config.buffer, model.head_dim) for caps in config.caps for cap in caps]
-        table = zero.expand(layers * heads, table_width(config))
-        plain["lengths"] = number.expand(layers * heads)
-    stored = zero.to(getattr(torch, config.kv_dtype))
-    cache = [stored.expand(shape) for shape in shapes for _ in ("key", "value")]
-    names = ["log_beta", *(f"{prefix}.{kind}" for prefix in prefixes for kind in ("key", "value"))]
+    live, table = _live(model, config)
+    shapes = _cache_shapes(model, config)
+    zero = torch.zeros(1, dtype=getattr(torch, config.kv_dtype))
+    cache = [zero.expand(shape) for shape in shapes.values() for _ in ("key", "value")]
+    names = [f"{prefix}.{kind}" for prefix in shapes for kind in ("key", "value")]
     dynamic: dict[str, Any] = {
         "chunk": [{axis: tokens} if tokens and axis is not None else None for axis in read.dynamic],
-        **dict.fromkeys(plain),
-        "log_beta": None,
+        "numbers": [None] * len(live),
         "cache": [None] * len(cache),
     }
-    with fused_rotary(model) if ops == "gqa" else nullcontext(), deferred_sigmoid(model) as finish:
-        decoder: nn.Module
-        if config.caps is not None:
-            decoder = _PooledDecoder(model, read, POOLED_BACKENDS[ops], finish)
-        else:
-            # Int8 keys and values are for this backend alone.
-            attention = partial(GroupQueryAttention, scales=scales) if scales else BACKENDS[ops]
-            decoder = _Decoder(model, read, attention, finish)
+    args: list[Any] = [list(chunk.values()), list(live.values()), cache]
+    rows = [f"gate_input.{layer}" for layer in range(model.config.num_hidden_layers)]
+    if not waiting:
+        args.append(table)
+        dynamic["log_beta"] = None
+        names.append("log_beta")
+        rows = []
+    decoder = (_Decoder if waiting else _GatedDecoder)(model, read, _attention(model, config, ops, scales))
+    with fused_rotary(model) if ops == "gqa" else nullcontext():
         program = trace(
             decoder,
-            (list(chunk.values()), *plain.values(), table, cache),
-            [*chunk, *plain, *(f"past.{name}" for name in names)],
-            ["logits", *(f"present.{name}" for name in names)],
+            tuple(args),
+            [*chunk, *live, *(f"past.{name}" for name in names)],
+            ["logits", *(f"present.{name}" for name in names), *rows],
             _OPSETS[ops],
             dynamic,
         )
@@ -282,6 +322,13 @@ def _save_decoder(
     fill(program.model.graph, decoder)
     say("onnx: weights")
     save_with_data(program.model, path, DECODER_DATA, numbers)
+
+
+def _save_gates(model: GatedModel, config: CacheConfig, opset: int, path: Path, numbers: Numbers) -> None:
+    gates = Gates(model)
+    graph = trace_gates(gates, config, *_live(model, config), opset)
+    fill(graph.graph, gates)
+    save_with_data(graph, path, GATES_DATA, numbers)
 
 
 def _require_safe(name: str, findings: list[str]) -> None:

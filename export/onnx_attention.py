@@ -29,17 +29,17 @@ class OnnxAttention(ABC):
 
     Attributes:
         keys, values: after the pass the cache after the step.
-        log_betas: per layer, ``[1, T, kv_heads]``: log-betas, or logits of them (:mod:`trimkv_edge.export.onnx_gates`).
+        retained: per layer what its gate gives, ``[1, T, ...]`` (:mod:`trimkv_edge.export.onnx_gates`).
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], live: Tensor, count: int) -> None:
         self.keys, self.values = list(keys), list(values)
-        self.log_betas: list[Tensor] = []
+        self.retained: list[Tensor] = []
         self.slots = live + torch.arange(count, dtype=torch.int64)
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
-        """Takes what a layer's gate gives for the chunk, ``[1, T, kv_heads]``; layers come in order."""
-        self.log_betas.append(log_beta)
+        """Takes what a layer's gate gives for the chunk; layers come in order."""
+        self.retained.append(log_beta)
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -40,22 +40,13 @@ class PooledAttention:
         self, keys: list[Tensor], values: list[Tensor], lengths: Tensor, live: Tensor, count: int, heads: int
     ) -> None:
         self.keys, self.values, self.heads = list(keys), list(values), heads
-        self.log_betas: list[Tensor] = []
+        self.retained: list[Tensor] = []
         self._count = count
         self._held = lengths + live
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
-        """Takes what a layer's gate gives for the chunk, ``[1, T, kv_heads]``; layers come in order."""
-        self.log_betas.append(log_beta)
-
-    def write_log_betas(self, table: Tensor, log_betas: Tensor) -> Tensor:
-        """The table ``[rows, W]`` with the chunk's log-betas of all layers, ``[T, rows]``."""
-        rows, count = table.shape[0], self._count
-        slot = self._held.unsqueeze(1) + torch.arange(count, dtype=torch.int64)
-        row = torch.arange(rows, dtype=torch.int64).unsqueeze(1).expand(rows, count)
-        new = log_betas.transpose(0, 1)
-        where = torch.stack([row, slot], dim=-1)
-        return onnx_ops.symbolic("ScatterND", (table, where, new), dtype=table.dtype, shape=table.shape, version=18)
+        """Takes what a layer's gate gives for the chunk; layers come in order."""
+        self.retained.append(log_beta)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""

@@ -34,27 +34,24 @@ def branch_long_chunks(graph: ir.Graph) -> int:
     if not found:
         return 0
     chunk = graph.inputs[0]  # token ids [1, T], or their embeddings [1, T, hidden_size]
-    log_beta = next(value for value in graph.outputs if value.name == "present.log_beta")
-    slots = _made_by(log_beta).inputs[1]  # int64 [T, 1]: where the chunk's entries go
-    assert slots is not None
+    live = next(value for value in graph.inputs if value.name == "live_length")
     head = tape.Tape()
-    size = head.op("Shape", [chunk], {"start": 1, "end": 2})
+    size = head.op("Squeeze", [head.op("Shape", [chunk], {"start": 1, "end": 2})])
     limit = head.initializer(ir.tensor(np.array(LONGEST_DIRECT, np.int64), name="longest_direct"))
     is_long = head.op("Greater", [size, limit])
     graph.insert_before(graph[0], head.nodes)
     for value in head.initializers:
         graph.register_initializer(value)
     for index, node in enumerate(found):
-        _branch(graph, node, is_long, slots, f"attention{index}")
-    graph.sort()  # slots were made for the log-betas, at the end
+        _branch(graph, _Long(node, live, size, f"attention{index}"), is_long)
     return len(found)
 
 
-def _branch(graph: ir.Graph, node: ir.Node, is_long: ir.Value, slots: ir.Value, name: str) -> None:
+def _branch(graph: ir.Graph, long: _Long, is_long: ir.Value) -> None:
+    node, name = long.node, long.name
     shapes = [(value.name, value.dtype, value.shape) for value in node.outputs]
     attributes = list(node.attributes.values())
     direct = ir.Node(node.domain, node.op_type, node.inputs, attributes, num_outputs=len(shapes), name=f"{name}.direct")
-    long = _Long(node, slots, name)
     outputs = long.build()
     branches = []
     for kind, nodes, results in (("direct", [direct], direct.outputs), ("long", long.tape.nodes, outputs)):
@@ -80,10 +77,14 @@ def _branch(graph: ir.Graph, node: ir.Node, is_long: ir.Value, slots: ir.Value, 
 
 
 class _Long:
-    """The branch of long chunks of one attention operator."""
+    """The branch of long chunks of one attention operator.
 
-    def __init__(self, node: ir.Node, slots: ir.Value, name: str) -> None:
-        self.node, self.slots, self.name, self.tape = node, slots, name, tape.Tape()
+    Args:
+        live, size: int64 ``[1]`` live entries before the chunk, and its length, a scalar.
+    """
+
+    def __init__(self, node: ir.Node, live: ir.Value, size: ir.Value, name: str) -> None:
+        self.node, self.live, self.size, self.name, self.tape = node, live, size, name, tape.Tape()
         scale = node.inputs[_KEY_SCALE]  # [1, kv_heads, 1, head_dim]
         assert scale is not None
         self.kv_heads, _, self.width = _array(scale).shape[1:]
@@ -137,7 +138,10 @@ class _Long:
 
     def _coordinates(self) -> ir.Value:
         """Where rows go, int64 ``[kv_heads, T, 3]``: batch 0, the head, the slot."""
-        slot = self.op("Mul", self.slots, self.constant("slot", np.array([[0, 0, 1]], np.int64)))
+        zero, one = (self.constant(f"{number}", np.array(number, np.int64)) for number in (0, 1))
+        slots = self.op("Add", self.op("Range", zero, self.size, one), self.live)
+        column = self.op("Unsqueeze", slots, self.constant("column", np.array([1], np.int64)))
+        slot = self.op("Mul", column, self.constant("slot", np.array([[0, 0, 1]], np.int64)))
         heads = np.zeros((self.kv_heads, 1, 3), np.int64)
         heads[:, 0, 1] = np.arange(self.kv_heads)
         return self.op("Add", slot, self.constant("heads", heads))
@@ -146,12 +150,6 @@ class _Long:
         value = self.node.inputs[index]
         assert value is not None
         return _array(value).reshape(self.kv_heads, self.width)
-
-
-def _made_by(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None
-    return node
 
 
 def _array(value: ir.Value) -> np.ndarray:

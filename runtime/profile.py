@@ -23,21 +23,22 @@ class OperatorTime(NamedTuple):
     seconds: float
 
 
-def read_onnxruntime(path: Path) -> list[OperatorTime]:
-    """Operators of an onnxruntime profile, the slowest first.
+def read_onnxruntime(*paths: Path) -> list[OperatorTime]:
+    """Operators of onnxruntime profiles, the slowest first.
 
     Raises:
-        TrimKVError: the file is not one.
+        TrimKVError: a file is not one.
     """
-    try:
-        events = json.loads(path.read_text(encoding="utf-8"))
-        found = [
-            (event["args"]["op_name"], event["dur"] * 1e-6)
-            for event in events
-            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrimKVError(f"{path} is not an onnxruntime profile ({error})") from error
+    found = []
+    for path in paths:
+        try:
+            found += [
+                (event["args"]["op_name"], event["dur"] * 1e-6)
+                for event in json.loads(path.read_text(encoding="utf-8"))
+                if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TrimKVError(f"{path} is not an onnxruntime profile ({error})") from error
     return total(found)
 
 

@@ -118,11 +118,13 @@ def check_budget(config: CacheConfig, shape: ModelShape, dtype: str, budget: str
 
 
 def estimate_memory(shape: ModelShape, config: CacheConfig, dtype: str) -> MemoryEstimate:
-    """Memory to run: the workspace counts the widest activations of one prefill chunk in float32."""
+    """Memory to run: the workspace counts the widest activations of one prefill chunk, and what gates have yet to read,
+    in float32."""
     chunk = config.prefill_chunk
     attention = shape.num_attention_heads * (config.slots + 3 * shape.head_dim)
     mlp = 3 * shape.intermediate_size + 4 * shape.hidden_size
-    workspace = 4 * (chunk * (attention + mlp) + shape.vocab_size)
+    waiting = config.gate_rows * shape.num_layers * shape.hidden_size
+    workspace = 4 * (chunk * (attention + mlp) + shape.vocab_size + waiting)
     return MemoryEstimate(cache_bytes(shape, config, dtype), shape.parameters * _itemsize(dtype), workspace)
 
 

@@ -9,6 +9,7 @@ from trimkv_edge.errors import BudgetError, ConfigError
 # RoPE angles are computed in float32 and a float32 holds every integer only up to here.
 POSITION_LIMIT = 2**24
 KV_DTYPES = ("float32", "float16", "int8")
+_GATE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class CacheConfig:
     def slots(self) -> int:
         """Slots C = M + B of each head."""
         return self.budget + self.buffer
+
+    @property
+    def gate_rows(self) -> int:
+        """Tokens that gates read together where they need not read each at once: a prefill chunk, or many enough that
+        their weights are no longer what a token costs."""
+        return max(self.prefill_chunk, min(self.buffer, _GATE_ROWS))
 
     def segment(self, first: bool) -> int:
         """Tokens up to the next event of a budget that heads share; after the first they fall on M + B, M + 2B, ..."""

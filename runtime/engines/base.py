@@ -67,6 +67,9 @@ class ArtefactEngine(Engine):
         """Makes all that belongs to one stream; engines with ``shares_model`` have it."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Lets the gates read what waits for them, if anything does; events and saved states do that themselves."""
+
     def profile_rows(self) -> list[OperatorTime]:
         """Operators of all forward passes so far, the slowest first; ends the profile.
 

@@ -18,11 +18,13 @@ from trimkv_edge.errors import ArtefactError, TrimKVError, first_line
 from trimkv_edge.kv_scales import KVScales, from_int8, load_scales, to_int8
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
+from trimkv_edge.runtime.engines.gate_rows import GateRows
 from trimkv_edge.runtime.mapped import release_mapped
 from trimkv_edge.runtime.profile import OperatorTime, read_onnxruntime
 
 # Where graphs run; runtime/engines/onnx_cuda.py has the other place.
 PROVIDERS = ("CPUExecutionProvider",)
+_PROFILED = ("decoder", "gates")
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 Array = npt.NDArray[Any]
@@ -48,8 +50,8 @@ def _plain_attention(wanted: bool) -> Iterator[None]:
 class OnnxEngine(ArtefactEngine):
     """Runs the ``onnx`` target of an artefact.
 
-    Every state tensor is one buffer, bound as ``past.X`` and ``present.X`` of both graphs, so a step and an event write
-    in place. A decode step reuses one prepared binding.
+    Every state tensor is one buffer, bound as ``past.X`` and ``present.X`` of all graphs, so a step and an event write
+    in place. A decode step reuses one prepared binding. Gates that have a graph of their own read before an event.
 
     Args:
         folder: the artefact.
@@ -83,11 +85,14 @@ class OnnxEngine(ArtefactEngine):
         self.threads = threads or physical_cores()
         self._decoder = self._load("decoder", self.threads)
         self._evictor = self._load("evict", self.threads)
+        self._gates = self._load("gates", self.threads) if "gates" in target.files else None
         release_mapped(folder)
         self._scales = self._load_scales()
         self._open_cache()
         self._check_inputs(self._file("decoder"), self._decoder, self._decoder_state())
         self._check_inputs(self._file("evict"), self._evictor, self._evict_state())
+        if self._gates:
+            self._check_inputs(self._file("gates"), self._gates, ["log_beta"])
 
     def _open_cache(self) -> None:
         """All that belongs to one stream."""
@@ -97,6 +102,11 @@ class OnnxEngine(ArtefactEngine):
         self._logits = np.zeros((1, 1, self.vocab_size), np.float32)
         self._chunks: dict[int, Array] = {}
         self._bindings: dict[int, Any] = {}
+        self._gate_bindings: dict[int, Any] = {}
+        self._gate_rows: GateRows | None = None
+        if self._gates:
+            self._gate_rows = GateRows(self.num_layers, self._manifest.model.hidden_size, self.config)
+            self._gate_row = self._gate_rows.rows[:, :1].copy()  # of a step of one token
         self._reset()
 
     def _numbers(self) -> tuple[Array, Array, Array]:
@@ -113,7 +123,8 @@ class OnnxEngine(ArtefactEngine):
         return arrays
 
     def _read_profile(self) -> list[OperatorTime]:
-        return read_onnxruntime(Path(self._decoder.end_profiling()))
+        sessions = [self._decoder, *([self._gates] if self._gates else [])]
+        return read_onnxruntime(*(Path(session.end_profiling()) for session in sessions))
 
     def _load_scales(self) -> KVScales | None:
         if self.config.kv_dtype != "int8":
@@ -124,16 +135,24 @@ class OnnxEngine(ArtefactEngine):
         """Names of the key and value tensors that the evict graph sees."""
         return [f"{layer}.{kind}" for layer in range(self.num_layers) for kind in ("key", "value")]
 
+    def _decoder_caches(self) -> list[str]:
+        """The same that the decoder sees."""
+        return self._caches()
+
     def _decoder_state(self) -> list[str]:
         """State tensors of the decoder, which writes all of them in every step."""
-        return [*self._caches(), "log_beta"]
+        return [*self._decoder_caches(), *([] if self._gates else ["log_beta"])]
 
     def _evict_state(self) -> list[str]:
         return [*self._caches(), "log_beta", "positions"]
 
+    def _live_inputs(self) -> dict[str, Array]:
+        """Numbers that tell what is live."""
+        return {"live_length": self._live_length}
+
     def _decoder_inputs(self) -> dict[str, Array]:
         """What the decoder reads beside tokens and state."""
-        return {"position": self._position, "live_length": self._live_length}
+        return {"position": self._position, **self._live_inputs()}
 
     def _evict_inputs(self) -> dict[str, Array]:
         return {"seen": self._seen}
@@ -149,7 +168,7 @@ class OnnxEngine(ArtefactEngine):
         options.log_severity_level = 3
         # Patterns are kept per chunk length, so mixed lengths would make memory grow.
         options.enable_mem_pattern = False
-        if self._scratch and role == "decoder":
+        if self._scratch and role in _PROFILED:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._scratch.name) / role)
         if role == "evict":
@@ -196,8 +215,27 @@ class OnnxEngine(ArtefactEngine):
     def _decoder_binding(self, count: int) -> Any:
         chunk = self._chunks.setdefault(count, self._chunk(count))
         plain = {"input_ids": chunk, **self._decoder_inputs()}
+        return self._bind_decoder(plain, count)
+
+    def _bind_decoder(self, plain: dict[str, Array], count: int) -> Any:
         binding = self._bind(self._decoder, plain, self._decoder_state())
         self._attach(binding, "logits", self._logits, output=True)
+        if self._gate_rows:
+            rows = self._gate_row if count == 1 else self._gate_rows.rows[:, :count]
+            for layer in range(self.num_layers):
+                self._attach(binding, f"gate_input.{layer}", rows[layer : layer + 1], output=True)
+        return binding
+
+    def _gate_binding(self, count: int) -> Any:
+        """Binding for the gates to read the first ``count`` rows."""
+        binding = self._gate_bindings.get(count)
+        if binding is None:
+            assert self._gate_rows
+            rows = self._gate_rows.rows[:, :count]
+            plain = {f"gate_input.{layer}": rows[layer : layer + 1] for layer in range(self.num_layers)}
+            binding = self._bind(self._gates, {**plain, **self._live_inputs()}, ["log_beta"])
+            if self._aliased:
+                self._gate_bindings[count] = binding
         return binding
 
     def _binding(self, count: int) -> Any:
@@ -220,33 +258,67 @@ class OnnxEngine(ArtefactEngine):
     def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
         binding = self._binding(ids.size)
         self._chunks[ids.size][0] = ids
+        return self._run_step(binding, ids.size, position, live)
+
+    def _run_step(self, binding: Any, count: int, position: int, live: int) -> FloatArray:
+        """Runs the decoder over a chunk that lies in its place; returns the last token's logits."""
+        if self._gate_rows and self._gate_rows.due(count):
+            self._settle(live)
         self._position[0], self._live_length[0] = position, live
-        self._run(binding, ids.size)
+        self._run(self._decoder, binding, count)
         self._swap(self._decoder_state())
+        if self._gate_rows:
+            self._keep(self._gate_rows, count, live)
         return self._last_logits()
 
-    def _run(self, binding: Any, count: int) -> None:
-        """Runs the decoder over a chunk of ``count`` tokens; 0: the event."""
-        (self._decoder if count else self._evictor).run_with_iobinding(binding)
+    def _keep(self, rows: GateRows, count: int, live: int) -> None:
+        """Puts what the decoder gave with a chunk to the rows that wait."""
+        if count == 1:
+            rows.rows[:, rows.waiting] = self._gate_row[:, 0]
+        rows.waiting += count
+
+    def settle(self) -> None:
+        self._settle(self.live)
+
+    def _settle(self, live: int) -> None:
+        """Lets the gates read the rows that wait, those of the newest of ``live`` entries."""
+        if not self._gate_rows or not self._gate_rows.waiting:
+            return
+        count = self._gate_rows.waiting
+        self._live_length[0] = live - count
+        self._run(self._gates, self._gate_binding(count))
+        self._swap(["log_beta"])
+        self._gate_rows.waiting = 0
+
+    def _run(self, session: Any, binding: Any, count: int = 0) -> None:
+        """Runs a graph; of the decoder ``count`` is T."""
+        session.run_with_iobinding(binding)
 
     def _last_logits(self) -> FloatArray:
         logits: FloatArray = self._logits[0, 0].copy()
         return logits
 
     def _evict(self, seen: int) -> None:
+        self.settle()
         self._seen[0] = seen
-        self._run(self._binding(0), 0)
+        self._run(self._evictor, self._binding(0))
         self._swap(self._evict_state())
 
     def _reset(self) -> None:
+        self._forget_rows()
         for array in self._arrays.values():
             array.fill(0)
         self._arrays["positions"][:] = np.arange(self.config.budget)
+
+    def _forget_rows(self) -> None:
+        if self._gate_rows:
+            self._gate_rows.waiting = 0
 
     def _kept_positions(self) -> IntArray:
         return self._arrays["positions"].reshape(self.num_layers, self.num_kv_heads, -1).copy()
 
     def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        self.settle()
         key, value = (
             np.concatenate([self._arrays[f"{layer}.{kind}"] for layer in range(self.num_layers)])
             for kind in ("key", "value")
@@ -260,6 +332,7 @@ class OnnxEngine(ArtefactEngine):
     def _write(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
+        self._forget_rows()
         rows: tuple[Array, Array] = (key, value)
         if self._scales:
             rows = to_int8(key, self._scales.key), to_int8(value, self._scales.value)

@@ -19,6 +19,7 @@ from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, BudgetError, ConfigError, TrimKVError, first_line
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.cuda_check import CUDA, failure, require_device, why_not
+from trimkv_edge.runtime.engines.gate_rows import GateRows
 from trimkv_edge.runtime.engines.onnx import PROVIDERS, Array, OnnxEngine
 from trimkv_edge.runtime.engines.onnx_pooled import OnnxPooledEngine
 
@@ -106,6 +107,8 @@ class OnnxCudaEngine(OnnxEngine):
         self._values: dict[str, Any] = {}
         self._every, self._captured = self._run_options("-1"), self._run_options(str(next(_GRAPH_IDS)))
         super()._open_cache()
+        if self._gate_rows:
+            self._gate_row = self._gate_rows.rows[:, :1]
 
     def _run_options(self, graph: str) -> Any:
         """Options of runs that belong to one CUDA graph; -1: to none."""
@@ -125,7 +128,8 @@ class OnnxCudaEngine(OnnxEngine):
     def _roots(self) -> dict[str, Array]:
         """Host arrays that stand for an allocation on the device each; all others are views of them."""
         state = {name: array for name, array in self._arrays.items() if array.base is None}
-        return {**state, "step": self._step, "logits": self._logits}
+        rows = {"gate_rows": self._gate_rows.rows} if self._gate_rows else {}
+        return {**state, "step": self._step, "logits": self._logits, **rows}
 
     def _value(self, name: str) -> Any:
         """The allocation of a root."""
@@ -151,11 +155,18 @@ class OnnxCudaEngine(OnnxEngine):
                 return
         raise AssertionError(f"{name} has no place on the device")
 
-    def _run(self, binding: Any, count: int) -> None:
+    def _run(self, session: Any, binding: Any, count: int = 0) -> None:
         self._value("step").update_inplace(self._step)
-        session = self._decoder if count else self._evictor
         # The event must run once: it moves entries, where a step writes the same again.
         session.run_with_iobinding(binding, self._captured if self._capture and count == 1 else self._every)
+
+    def _keep(self, rows: GateRows, count: int, live: int) -> None:
+        """Rows stay on the device, where the gates read them at once: graphs for GPUs have gates in the decoder."""
+        rows.waiting = count
+        try:
+            self._settle(live + count)
+        finally:
+            rows.waiting = 0
 
     def _last_logits(self) -> FloatArray:
         logits: FloatArray = np.array(self._value("logits").numpy()[0, 0])

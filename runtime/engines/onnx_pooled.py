@@ -40,15 +40,15 @@ class OnnxPooledEngine(PooledEngine, OnnxEngine):
         heads = range(self.num_kv_heads)
         return [[self._arrays[f"{layer}.{head}.{kind}"][0, 0] for head in heads] for layer in range(self.num_layers)]
 
-    def _decoder_state(self) -> list[str]:
+    def _decoder_caches(self) -> list[str]:
         heads = [f"{layer}.{head}" for layer in range(self.num_layers) for head in range(self.num_kv_heads)]
-        return [*(f"{head}.{kind}" for head in heads for kind in ("key", "value")), "log_beta"]
+        return [f"{head}.{kind}" for head in heads for kind in ("key", "value")]
 
     def _evict_state(self) -> list[str]:
         return [*self._caches(), "log_beta", "positions", "lengths"]
 
-    def _decoder_inputs(self) -> dict[str, Array]:
-        return {**super()._decoder_inputs(), "lengths": self._arrays["lengths"]}
+    def _live_inputs(self) -> dict[str, Array]:
+        return {**super()._live_inputs(), "lengths": self._arrays["lengths"]}
 
     def _evict_inputs(self) -> dict[str, Array]:
         return {**super()._evict_inputs(), "live_length": self._live_length}
@@ -56,13 +56,16 @@ class OnnxPooledEngine(PooledEngine, OnnxEngine):
     def _swap(self, names: list[str]) -> None:
         """A layer's buffer and its heads are one memory, so they change places together."""
         known = [name for name in self._arrays if name.endswith((".key", ".value"))]
-        super()._swap([*known, *(name for name in names if name not in known)])
+        moved = known if set(known) & set(names) else []
+        super()._swap([*moved, *(name for name in names if name not in known)])
 
     def _evict(self, seen: int) -> None:
+        self.settle()
         self._live_length[0] = self.live
         super()._evict(seen)
 
     def _reset(self) -> None:
+        self._forget_rows()
         for array in self._arrays.values():
             array.fill(0)
 
@@ -73,6 +76,7 @@ class OnnxPooledEngine(PooledEngine, OnnxEngine):
         return self._arrays["positions"].reshape(*self.kept.shape, -1)
 
     def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        self.settle()
         most = int(self.kept.max()) + self.live
         key, value = (np.zeros((*self.kept.shape, most, self.head_dim), np.float32) for _ in range(2))
         for kind, table in (("key", key), ("value", value)):
@@ -84,6 +88,7 @@ class OnnxPooledEngine(PooledEngine, OnnxEngine):
     def _write(
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
+        self._forget_rows()
         for kind, table in (("key", key), ("value", value)):
             for layer, heads in enumerate(self._by_head(kind)):
                 for head, slots in enumerate(heads):

@@ -48,9 +48,7 @@ class OnnxVisionEngine(MixedArtefactEngine, OnnxEngine):
         plain = {"embeddings": chunk.embeddings, "positions": chunk.positions, **self._decoder_inputs()}
         if self.vision.features:
             plain["deepstack"] = chunk.deepstack
-        binding = self._bind(self._decoder, plain, self._decoder_state())
-        self._attach(binding, "logits", self._logits, output=True)
-        return binding
+        return self._bind_decoder(plain, count)
 
     def _new_chunk(self, count: int) -> _Chunk:
         features, width = self.picture_shape
@@ -69,10 +67,7 @@ class OnnxVisionEngine(MixedArtefactEngine, OnnxEngine):
         self._embedder.run_with_iobinding(chunk.embed)
         chunk.positions[:] = rows.positions
         spread(rows, chunk.embeddings[0], chunk.deepstack)
-        self._live_length[0] = live
-        self._run(binding, ids.size)
-        self._swap(self._decoder_state())
-        return self._last_logits()
+        return self._run_step(binding, ids.size, self.seen, live)
 
     def _encode(self, size: tuple[int, int], pixels: FloatArray) -> tuple[FloatArray, FloatArray]:
         session = self._encoders.get(size)

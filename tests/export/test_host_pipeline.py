@@ -41,7 +41,8 @@ def test_manifest_tells_what_was_made(artefact: Path) -> None:
     target = manifest.targets["host-evicted"]
     assert (target.engine, target.ops) == ("host-evicted", "rows")
     assert set(target.files.values()) == FILES
-    assert set(manifest.files) == {*FILES, "README.md", "decoder.onnx", "decoder.onnx.data", "evict.onnx"}
+    onnx_files = {"decoder.onnx", "decoder.onnx.data", "gates.onnx", "gates.onnx.data", "evict.onnx"}
+    assert set(manifest.files) == {*FILES, *onnx_files, "README.md"}
     assert target.parity["events"] >= 5
     assert target.parity["survivors"] == target.parity["events"] * 4 * 16
     for name in ("survivor_mismatches", "greedy_mismatches", "undecidable"):

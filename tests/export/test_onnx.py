@@ -173,8 +173,8 @@ def test_sinks_and_recent(artefact: Artefact, tmp_path: Path) -> None:
     assert all(must <= set(row) for row in exported.survivors().reshape(4, -1).tolist())
 
 
-def decoder_of(artefact: Artefact) -> onnx.ModelProto:
-    return onnx.load(artefact.folder / "decoder.onnx", load_external_data=False)
+def graph_of(artefact: Artefact, name: str) -> onnx.GraphProto:
+    return onnx.load(artefact.folder / name, load_external_data=False).graph
 
 
 def shapes(values) -> dict[str, list[int | str]]:  # type: ignore[no-untyped-def]
@@ -182,29 +182,56 @@ def shapes(values) -> dict[str, list[int | str]]:  # type: ignore[no-untyped-def
 
 
 def test_only_the_chunk_length_is_dynamic(artefact: Artefact) -> None:
-    found = {**shapes(decoder_of(artefact).graph.input), **shapes(decoder_of(artefact).graph.output)}
+    graph = graph_of(artefact, "decoder.onnx")
+    found = {**shapes(graph.input), **shapes(graph.output)}
     assert found.pop("input_ids") == [1, "T"]
-    assert found["past.log_beta"] == [32, 4]
     assert found["past.1.value"] == [1, 2, 32, 32]
     assert found["logits"] == [1, 1, 320]
+    if artefact.target.ops == "gqa":
+        rows = {f"gate_input.{layer}": [1, "T", 64] for layer in (0, 1)}
+        assert {name: found.pop(name) for name in rows} == rows
+        gates = graph_of(artefact, "gates.onnx")
+        assert shapes(gates.input) == {**rows, "live_length": [1], "past.log_beta": [32, 4]}
+        assert shapes(gates.output) == {"present.log_beta": [32, 4]}
+    else:
+        assert found["past.log_beta"] == found["present.log_beta"] == [32, 4]
     assert all(isinstance(size, int) for shape in found.values() for size in shape)
 
 
 def test_operators_of_each_variant(artefact: Artefact) -> None:
-    graph = decoder_of(artefact).graph
+    graph = graph_of(artefact, "decoder.onnx")
     count = Counter((node.domain, node.op_type) for node in graph.node)
     scatters = {node.output[0] for node in graph.node if node.op_type == "ScatterND"}
-    assert "present.log_beta" in scatters
+    # Per layer q, k, v, o, gate, up, down; the output layer. The gates of rg10 have three each.
+    products = 2 * 7 + 1
     if artefact.target.ops == "gqa":
         assert count["com.microsoft", "GroupQueryAttention"] == 2
-        assert scatters == {"present.log_beta"}
+        assert count["", "MatMul"] == products
+        assert scatters == set()
+        gates = graph_of(artefact, "gates.onnx")
+        assert [node.op_type for node in gates.node].count("MatMul") == 2 * 3
+        assert {node.output[0] for node in gates.node if node.op_type == "ScatterND"} == {"present.log_beta"}
     else:
         assert {domain for domain, _ in count} == {""}
+        assert count["", "MatMul"] == products + 2 * 3 + 2 * 2  # and attention's own
         assert scatters == {"present.log_beta", *(f"present.{i}.{kind}" for i in (0, 1) for kind in ("key", "value"))}
 
 
+def test_weights_lie_in_one_file_each(artefact: Artefact) -> None:
+    """The same numbers as where the gates are in the decoder: none twice."""
+    held = [
+        sum(np.prod(tensor.dims) for tensor in graph_of(artefact, name).initializer if tensor.data_type == 1)
+        for name in ("decoder.onnx", "gates.onnx")
+        if (artefact.folder / name).exists()
+    ]
+    parameters = sum(parameter.numel() for parameter in artefact.model.parameters())
+    table = artefact.model.base.get_input_embeddings().weight
+    tied = table is artefact.model.base.get_output_embeddings().weight  # stored twice
+    assert abs(sum(held) - parameters - tied * table.numel()) < 1000
+
+
 def test_no_copy_of_the_cache(artefact: Artefact) -> None:
-    inferred = onnx.shape_inference.infer_shapes(decoder_of(artefact))
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(artefact.folder / "decoder.onnx", load_external_data=False))
     sizes = shapes([*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input])
     allowed = {"ScatterND", "GroupQueryAttention", "Transpose", "Reshape", "Unsqueeze"}  # views of keys for a product
     for node in inferred.graph.node:
@@ -213,11 +240,11 @@ def test_no_copy_of_the_cache(artefact: Artefact) -> None:
 
 
 def test_nothing_local_is_left_in_the_files(artefact: Artefact) -> None:
-    for name in ("decoder.onnx", "evict.onnx"):
-        content = (artefact.folder / name).read_bytes()
-        assert b".py" not in content
     names = sorted(path.name for path in artefact.folder.iterdir())
-    assert names == ["decoder.onnx", "decoder.onnx.data", "evict.onnx"]
+    gates = ["gates.onnx", "gates.onnx.data"] if artefact.target.ops == "gqa" else []
+    assert names == ["decoder.onnx", "decoder.onnx.data", "evict.onnx", *gates]
+    for name in (name for name in names if name.endswith(".onnx")):
+        assert b".py" not in (artefact.folder / name).read_bytes()
 
 
 def test_export_rejects_what_it_cannot_do(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     return make_artefact(tmp_path_factory.mktemp("engine"), spread_gates(gated_model("llama-gqa")), config)
 
 
-@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "evict.onnx"])
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "evict.onnx", "gates.onnx"])
 @pytest.mark.parametrize("damage", ["truncated", "garbled", "missing"])
 def test_damaged_files_are_named_in_one_line(artefact: Artefact, tmp_path: Path, name: str, damage: str) -> None:
     if (name, damage) == ("decoder.onnx.data", "garbled"):
@@ -138,5 +138,5 @@ def test_engines_of_one_model_do_not_share_their_streams(artefact: Artefact) -> 
 def test_engines_of_one_model_share_its_sessions(artefact: Artefact) -> None:
     one = artefact.onnx()
     other = one.another()
-    assert (other._decoder, other._evictor) == (one._decoder, one._evictor)
+    assert (other._decoder, other._evictor, other._gates) == (one._decoder, one._evictor, one._gates)
     assert one.shares_model

@@ -118,7 +118,7 @@ class Recorded(OnnxCudaEngine):
 
 
 def test_past_and_present_are_one_place_that_stays() -> None:
-    engine = bound(cuda_artefact("float32"), Recorded)
+    engine = bound(cuda_artefact("standard"), Recorded)
     assert isinstance(engine, Recorded)
     feed(engine, random_tokens(30), SIZES)
     places, values = dict(engine.places), {name: value.data_ptr() for name, value in engine._values.items()}
@@ -143,7 +143,7 @@ def test_past_and_present_are_one_place_that_stays() -> None:
 
 
 def test_a_step_copies_its_numbers_in_once() -> None:
-    engine = bound(cuda_artefact("float32"))
+    engine = bound(cuda_artefact("standard"))
     feed(engine, random_tokens(30), SIZES)
     copied: list[int] = []
 
