@@ -65,10 +65,8 @@ def estimate(
 
 def _copies(targets: Sequence[str], scheme: Scheme) -> float:
     """The weights in an engine, as a multiple of their file."""
-    if scheme.dtype == "float16":
-        return 3  # a CPU multiplies float32
     # ONNX Runtime's blocks have a sum more than the file, whose pages leave; elsewhere both are there.
-    return 1.2 if scheme.weight_bits < 16 and tuple(targets) == ("onnx",) else 2
+    return 1.2 if tuple(targets) == ("onnx",) else 2
 
 
 def _peak(shape: ModelShape, opened: int, cache: int, largest: int, large: bool) -> int:

@@ -70,6 +70,10 @@ class OnnxCudaEngine(OnnxEngine):
             _check_cache(folder, manifest, target)
         super().__init__(folder, manifest, target, threads, profile=profile)
 
+    @property
+    def _narrow(self) -> bool:
+        return self._device == "cpu" and super()._narrow
+
     def _providers(self, role: str) -> Sequence[Any]:
         if self._device == "cpu":
             return PROVIDERS
