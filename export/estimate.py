@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from trimkv_edge.budget import ModelShape
+from trimkv_edge.budget import ModelShape, held_as_float32
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.check_artefact import is_large
 from trimkv_edge.export.quantization.base import Scheme
@@ -59,12 +59,15 @@ def estimate(
     """
     large = is_large(shape.parameters, config)
     held = MIN_EVENTS * 2 * config.slots * shape.rows * shape.head_dim * _FLOAT if large else 0
-    memory = _LIBRARIES + gates + _peak(shape, int(_copies(targets, scheme) * stored), cache, largest, large)
+    opened = int(_copies(targets, scheme, stored) * stored)
+    memory = _LIBRARIES + gates + _peak(shape, opened, cache, largest, large)
     return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme))
 
 
-def _copies(targets: Sequence[str], scheme: Scheme) -> float:
+def _copies(targets: Sequence[str], scheme: Scheme, stored: int) -> float:
     """The weights in an engine, as a multiple of their file."""
+    if held_as_float32(scheme.dtype, stored):
+        return 3
     # ONNX Runtime's blocks have a sum more than the file, whose pages leave; elsewhere both are there.
     return 1.2 if tuple(targets) == ("onnx",) else 2
 

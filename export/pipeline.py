@@ -15,6 +15,7 @@ from trimkv_edge.budget import (
     check_budget,
     check_fits,
     estimate_memory,
+    held_as_float32,
     parse_budget,
     parse_size,
 )
@@ -250,8 +251,9 @@ def _memory_to_run(
     memory = replace(estimate_memory(shape, config, request.dtype), weights=stored)
     packed = 0
     if scheme.dtype == "float16":
-        # A CPU multiplies float32: a layer's weights, of which the output layer's are the largest, before and after.
-        packed = 2 * 4 * shape.vocab_size * shape.hidden_size
+        # A CPU multiplies float32: copies of all weights, or of the largest matrix, before and after packing.
+        largest = 4 * shape.vocab_size * shape.hidden_size
+        packed = stored if held_as_float32(scheme.dtype, stored) else 2 * largest
     elif "onnx" in request.targets and scheme.weight_bits < 16:
         # ONNX Runtime packs blocks of 32 with their scale and a sum, which the file does not have.
         packed = shape.parameters * 4 // 32

@@ -16,6 +16,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _STORED_BYTES = {**DTYPE_BYTES, "int8": 1}  # keys and values
 _METADATA_BYTES = 4  # log_beta, float32, per slot and head
 _POSITION_BYTES = 8  # int64, per kept slot and head
+_HELD = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ def estimate_memory(shape: ModelShape, config: CacheConfig, dtype: str) -> Memor
     waiting = config.gate_rows * shape.num_layers * shape.hidden_size
     workspace = 4 * (chunk * (attention + mlp) + shape.vocab_size + waiting)
     return MemoryEstimate(cache_bytes(shape, config, dtype), shape.parameters * _itemsize(dtype), workspace)
+
+
+def held_as_float32(dtype: str, weights: int) -> bool:
+    """Whether ONNX Runtime on a CPU holds 16-bit weights as float32 too, which is faster: if their bytes are few."""
+    return dtype == "float16" and weights < _HELD
 
 
 def check_fits(needed: int, what: str, available: int | None = None) -> None:

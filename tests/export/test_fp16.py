@@ -15,6 +15,7 @@ from factories import base_config, gated_model, random_tokens
 from onnx import TensorProto
 from onnx_artefact import Artefact, feed, make_manifest, same, spread_gates
 
+from trimkv_edge.budget import held_as_float32
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, ModelError, VerificationError
@@ -22,7 +23,7 @@ from trimkv_edge.export.onnx import export_onnx
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
-from trimkv_edge.manifest import Manifest, load_manifest
+from trimkv_edge.manifest import ByteInfo, Manifest, load_manifest
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import hollow, model_weights
 from trimkv_edge.runtime.engines.onnx import OnnxEngine
@@ -112,6 +113,19 @@ def test_states_move_between_engines_up_to_float16(artefact: Artefact) -> None:
     third = artefact.onnx()
     third.load_state(second)
     assert np.array_equal(engine.decode(7), third.decode(7))
+
+
+def test_many_weights_are_turned_one_at_a_time_and_say_the_same(artefact: Artefact) -> None:
+    large = replace(artefact.manifest, bytes=ByteInfo(0, 4 * 2**30, 0))
+    assert held_as_float32("float16", 2**30)
+    assert not held_as_float32("float16", large.bytes.weights)
+    assert not held_as_float32("float32", 2**30)
+    held, turned = artefact.onnx(), OnnxEngine(artefact.folder, large, artefact.target, 1)
+    assert (held._narrow, turned._narrow) == (False, True)
+    tokens = random_tokens(120, seed=6)
+    for one, other in zip(*(feed(engine, tokens, [8, 1, 3]) for engine in (held, turned)), strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-3)  # it rounds what layers hand on to float16, as a GPU does
+    np.testing.assert_array_equal(held.survivors(), turned.survivors())
 
 
 def test_a_manifest_of_another_dtype_is_refused(artefact: Artefact) -> None:
