@@ -1,7 +1,9 @@
 """The ExecuTorch target: ``model.pte``, one program whose methods share the cache's mutable buffers.
 
 ================= ============================================================ =======================================
-``forward``       input_ids int64 [1, T], position int64 [1], live int64 [1]   logits float32 [1, 1, vocabulary]
+``forward``       input_ids int64 [1, T], position int64 [1], live int64 [1]   logits float32 [1, 1, vocabulary],
+                                                                               x_0, ..., x_{L-1} float32 [1, T, width]
+``gates``         slot int64 [1], x_0, ..., x_{L-1}                            writes log-betas; returns ``slot``
 ``evict``         seen int64 [1]                                               the eviction event; returns ``seen``
 ``reset``                                                                      run once after loading, and per stream
 ``read_kept``                                                                  positions of the kept prefix
@@ -10,9 +12,13 @@
 ``write_state``   start, as read                                               replaces it
 ================= ============================================================ =======================================
 
-T is the only dynamic size. Where heads share a budget, ``live`` counts the tokens since the last event and some methods
-differ, see :mod:`trimkv_edge.export.executorch_pooled`. All methods that a runner uses must be loaded before the first
-runs. Facts about the model are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids``, ...) and
+T is the only dynamic size. ``x_l`` is what the gate of layer l reads of a chunk. A runner keeps it and calls ``gates``
+before more than ``get_trimkv_gate_rows`` tokens wait, before ``evict`` and before ``read_state``; ``slot`` is the first
+one's place in the cache. Where a policy needs no gates there is neither.
+
+Where heads share a budget, ``live`` counts the tokens since the last event and some methods differ, see
+:mod:`trimkv_edge.export.executorch_pooled`. All methods that a runner uses must be loaded before the first runs. Facts
+about the model are constant methods with ExecuTorch's names (``get_vocab_size``, ``get_eos_ids``, ...) and
 ``get_trimkv_*``. Of a model that reads pictures ``forward`` takes rows instead of ids: see
 :mod:`trimkv_edge.export.executorch_vision`.
 """
@@ -42,6 +48,7 @@ from trimkv_edge.eviction import policy_of, require_exportable
 from trimkv_edge.export.executorch_attention import CacheMethod, Forward, LlamaStep, PortableStep, Step
 from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, PortableCache
 from trimkv_edge.export.executorch_check import check_program
+from trimkv_edge.export.executorch_gates import GATES, Gates, gates_apart, has_gates, trace_gates
 from trimkv_edge.export.executorch_parts import PackedParts
 from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
 from trimkv_edge.export.executorch_pooled_attention import PooledLlamaStep, PooledPortableStep
@@ -268,15 +275,17 @@ def _lower(
     say("executorch: graphs")
     programs = trace_methods(cache, model.eval(), form.step)
     say("executorch: lowering")
+    heavy = [name for name in ("forward", GATES) if name in programs]
     with late.packing():
         lowered = to_edge_transform_and_lower(
             programs,
-            partitioner={name: partitioners(ops) if name == "forward" else [] for name in programs},
+            partitioner={name: partitioners(ops) if name in heavy else [] for name in programs},
             constant_methods=_constants(model, config, metadata),
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
     # Layers that XNNPACK did not take.
-    late.fill(lowered.exported_program("forward"))
+    for name in heavy:
+        late.fill(lowered.exported_program(name))
     late.check_used(model)
     say("executorch: program")
     return lowered.to_executorch(
@@ -307,12 +316,15 @@ def trace_methods(
     cache: ExportCache | PooledExportCache, model: GatedModel, step: Callable[[Any, Tensor, int], Step]
 ) -> dict[str, ExportedProgram]:
     """``torch.export`` of every method over one cache."""
-    most = cache.config.prefill_chunk
+    most, gated = cache.config.prefill_chunk, has_gates(model)
     with torch.no_grad():
-        if isinstance(model, GatedVisionModel):
-            programs = trace_rows(RowsForward(model, cache, step), most)
-        else:
-            programs = {"forward": _trace_forward(Forward(model, cache, step), most)}
+        with gates_apart(model):
+            if isinstance(model, GatedVisionModel):
+                programs = trace_rows(RowsForward(model, cache, step, gated=gated), most)
+            else:
+                programs = {"forward": _trace_forward(Forward(model, cache, step, gated=gated), most)}
+        if gated:
+            programs[GATES] = trace_gates(Gates(model, cache), model.config.hidden_size)
         for name, args in cache.examples().items():
             programs[name] = export(CacheMethod(cache, name), args, strict=False)
     return programs
@@ -330,8 +342,8 @@ def _trace_forward(forward: Forward, most: int) -> ExportedProgram:
 
 
 def partitioners(ops: str) -> list[Any]:
-    """What takes over parts of ``forward``: XNNPACK, but for views of the cache, ``exp`` and ``gelu``; ``portable``:
-    nothing."""
+    """What takes over parts of ``forward`` and ``gates``: XNNPACK, but for views of the cache, ``exp`` and ``gelu``;
+    ``portable``: nothing."""
     if ops == "portable":
         return []
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
@@ -388,8 +400,16 @@ def _constants(model: GatedModel, config: CacheConfig, more: dict[str, int | lis
         "get_trimkv_sinks": config.sinks,
         "get_trimkv_recent": config.recent,
         **_shared_budget(config),
+        **_waiting_rows(model, config),
         **more,
     }
+
+
+def _waiting_rows(model: GatedModel, config: CacheConfig) -> dict[str, Any]:
+    """What a runner has to know to keep what gates read."""
+    if not has_gates(model):
+        return {}
+    return {"get_trimkv_gate_rows": config.gate_rows, "get_trimkv_hidden_size": model.config.hidden_size}
 
 
 def _shared_budget(config: CacheConfig) -> dict[str, Any]:

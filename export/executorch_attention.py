@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimkv_edge.export.executorch_cache import MASKED, LlamaCache, PortableCache
-from trimkv_edge.models.attention import AttentionBackend
 from trimkv_edge.models.gated import GatedModel, chunk_positions
 
 
-class Step(AttentionBackend, Protocol):
-    """One forward pass."""
+class Step(ABC):
+    """One forward pass, an :class:`~trimkv_edge.models.attention.AttentionBackend` of a model whose gates are apart.
 
-    def finish(self) -> None:
-        """Writes what was collected over the layers."""
+    Attributes:
+        read: what the gate of each layer would read, float32 ``[1, T, hidden_size]``.
+    """
+
+    def __init__(self) -> None:
+        self.read: list[Tensor] = []
+
+    def retain(self, layer: int, rows: Tensor) -> None:
+        """Takes what the layer's gate would read, see :func:`~trimkv_edge.export.executorch_gates.gates_apart`."""
+        self.read.append(rows)
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See the backend."""
 
 
-class LlamaStep:
+class LlamaStep(Step):
     """One forward pass through ``llama::update_cache`` and ``llama::custom_sdpa``; no mask, no copy of the cache.
 
     Args:
@@ -30,20 +42,16 @@ class LlamaStep:
     """
 
     def __init__(self, cache: LlamaCache, live: Tensor, count: int) -> None:
+        super().__init__()
         self.cache = cache
         self.count = count
         start = live[0].item()
         torch._check(start >= 0)
         torch._check(start + count <= cache.config.slots)
         self.start = start
-        self.log_betas: list[Tensor] = []
-
-    def retain(self, layer: int, log_beta: Tensor) -> None:
-        """See :class:`AttentionBackend`."""
-        self.log_betas.append(log_beta)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :class:`AttentionBackend`."""
+        """See the base."""
         cache, ops = self.cache, torch.ops.llama
         heads, width = cache.heads, cache.head_dim
         for table, new in ((cache.key(layer), key), (cache.value(layer), value)):
@@ -52,23 +60,17 @@ class LlamaStep:
         out: Tensor = ops.custom_sdpa(query.transpose(1, 2), keys, values, self.start, None, 0.0, True, scale)
         return out
 
-    def finish(self) -> None:
-        """Writes the chunk's log-betas of all layers at once."""
-        rows = self.cache.layers * self.cache.heads
-        new = torch.cat(self.log_betas, dim=-1).reshape(1, self.count * rows, 1, 1)
-        torch.ops.llama.update_cache(new, self.cache.log_beta, self.start * rows)
 
-
-class PortableStep:
+class PortableStep(Step):
     """One forward pass in core ATen operators; arguments as for :class:`LlamaStep`."""
 
     def __init__(self, cache: PortableCache, live: Tensor, count: int) -> None:
+        super().__init__()
         self.cache = cache
         self.count = count
         self.slots = live + torch.arange(count, dtype=torch.int64)
         visible = torch.arange(cache.config.slots, dtype=torch.int64) <= self.slots.unsqueeze(1)
         self.bias = torch.where(visible, 0.0, MASKED)
-        self.log_betas: list[Tensor] = []
 
     def _write(self, table: Tensor, new: Tensor) -> None:
         """``new``: ``[1, T, heads, width]``."""
@@ -77,12 +79,8 @@ class PortableStep:
         rows = self.slots.unsqueeze(1) + first
         table.index_put_((rows.reshape(-1),), new.reshape(self.count * heads, width))
 
-    def retain(self, layer: int, log_beta: Tensor) -> None:
-        """See :class:`AttentionBackend`."""
-        self.log_betas.append(log_beta)
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :class:`AttentionBackend`. The cache is the left factor, so that no transposed copy of it is made."""
+        """See the base. The cache is the left factor, so that no transposed copy of it is made."""
         heads, width, count = self.cache.heads, self.cache.head_dim, self.count
         self._write(self.cache.key(layer), key.transpose(1, 2))
         self._write(self.cache.value(layer), value.transpose(1, 2))
@@ -95,32 +93,32 @@ class PortableStep:
         out = torch.bmm(weights, values).view(heads, groups, count, width)
         return out.permute(2, 0, 1, 3).reshape(1, count, heads * groups, width)
 
-    def finish(self) -> None:
-        """Writes the chunk's log-betas of all layers at once."""
-        self._write(self.cache.log_beta, torch.cat(self.log_betas, dim=-1).unsqueeze(-1))
-
 
 class Forward(nn.Module):
-    """``(input_ids int64 [1, T], position int64 [1], live int64 [1]) -> logits [1, 1, vocabulary]``.
+    """``(input_ids int64 [1, T], position int64 [1], live int64 [1]) -> logits [1, 1, vocabulary]``, and what each
+    layer's gate reads, ``[1, T, hidden_size]``.
 
     Args:
-        model: the decoder.
+        model: the decoder, traced with its gates apart (:mod:`~trimkv_edge.export.executorch_gates`).
         cache: the buffers.
         make_step: ``(cache, live, T)`` -> what appends and attends.
+        gated: whether there are gates.
     """
 
-    def __init__(self, model: GatedModel, cache: nn.Module, make_step: Callable[[Any, Tensor, int], Step]) -> None:
+    def __init__(
+        self, model: GatedModel, cache: nn.Module, make_step: Callable[[Any, Tensor, int], Step], *, gated: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.cache = cache
         self.make_step = make_step
+        self.gated = gated
 
-    def forward(self, input_ids: Tensor, position: Tensor, live: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position: Tensor, live: Tensor) -> tuple[Tensor, ...]:
         count = input_ids.shape[1]
         step = self.make_step(self.cache, live, count)
         logits = self.model(input_ids, chunk_positions(position, count), step)
-        step.finish()
-        return logits
+        return logits, *(step.read if self.gated else ())
 
 
 class CacheMethod(nn.Module):

@@ -1,7 +1,7 @@
 """The bounded cache as an exportable module: buffers shared by all methods of an ExecuTorch program.
 
 One buffer per layer and kind holds a row of ``head_dim`` numbers per (slot, head); one more holds the log-betas of all
-layers, so that a step writes them once. Graphs keep positions of the kept prefix only, see
+layers, so that they are written at once. Graphs keep positions of the kept prefix only, see
 :func:`trimkv_edge.eviction.event_positions`. The two operator sets differ in the order of the rows and in how a row is
 written:
 
@@ -89,8 +89,14 @@ class ExportCache(nn.Module):
         scores = torch.cat([score(self._key_by_head(layer)) for layer in range(self.layers)]) if score else None
         return Entries(self._log_beta_by_row(), positions, seen, self.layers, self.heads, key_score=scores)
 
+    def retain(self, slot: Tensor, log_betas: Tensor) -> None:
+        """Writes log-betas ``[1, T, layers * heads]`` of the tokens from ``slot`` (int64 ``[1]``) on."""
+        rows = self._rows_from(slot, log_betas.shape[1], self.layers * self.heads)
+        self._write(self.log_beta, rows, log_betas.reshape(-1, 1))
+
     def reset(self) -> Tensor:
-        """Starts a new stream; returns int64 ``[1]``."""
+        """Starts a new stream; returns int64 ``[1]``. Log-betas are 0 where no gate writes them."""
+        self.log_beta.zero_()
         self.kept.copy_(self._first_positions())
         return torch.zeros(1, dtype=torch.int64)
 
@@ -153,7 +159,10 @@ class ExportCache(nn.Module):
         self._write(table, to, self._read(table, origin))
 
     def _block_rows(self, start: Tensor, heads: int) -> Tensor:
-        slot = (start + torch.arange(self.block, dtype=torch.int64)).unsqueeze(1)
+        return self._rows_from(start, self.block, heads)
+
+    def _rows_from(self, start: Tensor, count: int, heads: int) -> Tensor:
+        slot = (start + torch.arange(count, dtype=torch.int64)).unsqueeze(1)
         return self._row(slot, torch.arange(heads, dtype=torch.int64), heads).reshape(-1)
 
     def _first_positions(self) -> Tensor:

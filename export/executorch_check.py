@@ -43,13 +43,14 @@ def check_program(program: Any, ops: str) -> None:
                 if count and name not in known and not name.startswith(_BUILTIN)
             ]
     else:
-        faults += [
-            f"forward calls {name}"
-            for name in by_method["forward"]
-            if name.startswith(("aten::copy_", "aten::index_put", "aten::copy"))
-        ]
-        for node in program.exported_program("forward").graph_module.graph.nodes:
-            faults += _misplaced(node) + _copied(node)
+        for method in sorted(by_method.keys() & {"forward", "gates"}):
+            faults += [
+                f"{method} calls {name}"
+                for name in by_method[method]
+                if name.startswith(("aten::copy_", "aten::index_put", "aten::copy"))
+            ]
+            for node in program.exported_program(method).graph_module.graph.nodes:
+                faults += _misplaced(node) + _copied(node)
     if faults:
         raise VerificationError(
             f"the executorch program is not right: {'; '.join(faults)}: report this with the model's name and settings"

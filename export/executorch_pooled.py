@@ -6,7 +6,8 @@ head's last entry, slot ``lengths[row] + fill``. What all heads need at an event
 :func:`~trimkv_edge.pooled_eviction.ragged_positions`) and ``lengths``. The methods:
 
 ======================== =================================================================================
-``forward``              input_ids int64 [1, T], position int64 [1], fill int64 [1] -> logits
+``forward``              input_ids int64 [1, T], position int64 [1], fill int64 [1] -> logits, x_0, ..., x_{L-1}
+``gates``                fill int64 [1] of their first token, x_0, ..., x_{L-1} -> the same; writes their log-betas
 ``evict``                seen int64 [1], fill int64 [1] -> new lengths int64 [layers * heads, 1]
 ``reset``                run once after loading, and per stream
 ``read_kept``            positions int64 [layers * heads, largest cap]; ``write_kept`` replaces them
@@ -110,8 +111,14 @@ class PooledExportCache(nn.Module):
         self.lengths.copy_(lengths)
         return lengths + 0
 
+    def retain(self, fill: Tensor, log_betas: Tensor) -> None:
+        """Writes log-betas of tokens, ``[1, T, rows]``, of which the first is number ``fill`` since the last event."""
+        places = self.log_beta_places(self.lengths + fill + torch.arange(log_betas.shape[1], dtype=torch.int64))
+        self.write_log_beta(places.reshape(-1), log_betas[0].t().reshape(-1, 1))
+
     def reset(self) -> Tensor:
-        """Starts a new stream; returns int64 ``[1]``."""
+        """Starts a new stream; returns int64 ``[1]``. Log-betas are 0 where no gate writes them."""
+        self.log_beta.zero_()
         self.kept.zero_()
         self.lengths.zero_()
         return torch.zeros(1, dtype=torch.int64)

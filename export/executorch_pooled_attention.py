@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trimkv_edge.export.executorch_attention import Step
 from trimkv_edge.export.executorch_cache import MASKED
-from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
+from trimkv_edge.export.executorch_pooled import PooledLlamaCache, PooledPortableCache
 
 
-class PooledLlamaStep:
+class PooledLlamaStep(Step):
     """One forward pass, head by head, through ``llama::update_cache`` and ``llama::custom_sdpa``; no copy of the cache.
 
     Args:
@@ -19,22 +20,17 @@ class PooledLlamaStep:
     """
 
     def __init__(self, cache: PooledLlamaCache, fill: Tensor, count: int) -> None:
+        super().__init__()
         self.cache, self.count = cache, count
-        self.live = cache.lengths + fill
-        self.starts, starts = [], self.live.view(-1)
+        self.starts, starts = [], (cache.lengths + fill).view(-1)
         for row, slots in enumerate(cache.slots):
             start = starts[row].item()
             torch._check(start >= 0)
             torch._check(start + count <= slots)
             self.starts.append(start)
-        self.log_betas: list[Tensor] = []
-
-    def retain(self, layer: int, log_beta: Tensor) -> None:
-        """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
-        self.log_betas.append(log_beta)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
+        """See the base."""
         cache, ops = self.cache, torch.ops.llama
         heads, width = cache.heads, cache.head_dim
         queries = query.view(heads, -1, self.count, width).transpose(1, 2).contiguous()
@@ -50,27 +46,17 @@ class PooledLlamaStep:
             )
         return torch.cat(outputs, dim=2)
 
-    def finish(self) -> None:
-        """Writes the chunk's log-betas of all layers at once."""
-        _write_log_betas(self.cache, self.live, self.count, self.log_betas)
 
-
-class PooledPortableStep:
+class PooledPortableStep(Step):
     """One forward pass in core ATen operators, head by head; arguments as for :class:`PooledLlamaStep`."""
 
     def __init__(self, cache: PooledPortableCache, fill: Tensor, count: int) -> None:
+        super().__init__()
         self.cache, self.count = cache, count
-        self.live = cache.lengths + fill
-        self.slots = self.live + torch.arange(count, dtype=torch.int64)
-        self.log_betas: list[Tensor] = []
-
-    def retain(self, layer: int, log_beta: Tensor) -> None:
-        """See :class:`~trimkv_edge.models.attention.AttentionBackend`."""
-        self.log_betas.append(log_beta)
+        self.slots = cache.lengths + fill + torch.arange(count, dtype=torch.int64)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :class:`~trimkv_edge.models.attention.AttentionBackend`. The cache is the left factor, so that no
-        transposed copy of it is made."""
+        """See the base. The cache is the left factor, so that no transposed copy of it is made."""
         cache, count = self.cache, self.count
         group, width = query.shape[1] // cache.heads, cache.head_dim
         grouped = (query[0] * scale).contiguous().view(cache.heads, group * count, width)
@@ -87,13 +73,3 @@ class PooledPortableStep:
             weights = torch.softmax(scores, dim=-1).reshape(1, group * count, -1)
             outputs.append(torch.bmm(weights, cache.value(row).unsqueeze(0)).view(group, count, width))
         return torch.cat(outputs).transpose(0, 1).reshape(1, count, -1, width)
-
-    def finish(self) -> None:
-        """Writes the chunk's log-betas of all layers at once."""
-        _write_log_betas(self.cache, self.live, self.count, self.log_betas)
-
-
-def _write_log_betas(cache: PooledExportCache, live: Tensor, count: int, log_betas: list[Tensor]) -> None:
-    places = cache.log_beta_places(live + torch.arange(count, dtype=torch.int64))
-    new = torch.cat(log_betas, dim=-1)[0].t()
-    cache.write_log_beta(places.reshape(-1), new.reshape(-1, 1))

@@ -6,7 +6,7 @@ In ``model.pte``, ``forward`` reads rows, and one more method makes them of toke
 =========== ======================================================================================
 ``embed``   input_ids int64 [1, T] -> embeddings float32 [1, T, hidden_size]
 ``forward`` embeddings float32 [1, T, hidden_size], positions int64 [3, T] (M-RoPE), deepstack float32 [features, T,
-            hidden_size] (zeros at text), live int64 [1] -> logits float32 [1, 1, vocabulary]
+            hidden_size] (zeros at text), live int64 [1] -> logits float32 [1, 1, vocabulary], x_0, ..., x_{L-1}
 =========== ======================================================================================
 
 ``vision.pte`` has a method for each picture size of H x W patches, over one set of weights:
@@ -88,22 +88,24 @@ class _MixedRotary(nn.Module):
 
 
 class RowsForward(nn.Module):
-    """``(embeddings, positions, deepstack, live) -> logits``; arguments as for
+    """``(embeddings, positions, deepstack, live) -> logits``, and what gates read; arguments as for
     :class:`~trimkv_edge.export.executorch_attention.Forward`."""
 
-    def __init__(self, model: GatedVisionModel, cache: nn.Module, make_step: Callable[[Any, Tensor, int], Step]):
+    def __init__(
+        self, model: GatedVisionModel, cache: nn.Module, make_step: Callable[[Any, Tensor, int], Step], *, gated: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.cache = cache
         self.make_step = make_step
+        self.gated = gated
 
-    def forward(self, embeddings: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, positions: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         *deepstack, live = rest
         step = self.make_step(self.cache, live, embeddings.shape[1])
         rows = deepstack[0] if deepstack else embeddings.new_zeros(0)
         logits = self.model.decode_rows(embeddings, positions, rows, step)
-        step.finish()
-        return logits
+        return logits, *(step.read if self.gated else ())
 
 
 def trace_rows(forward: RowsForward, most: int) -> dict[str, ExportedProgram]:

@@ -121,7 +121,7 @@ def _instead(
 ) -> Iterator[None]:
     """While open, gates do something else."""
     for gate in gates:
-        gate.forward = forward(gate)  # type: ignore[method-assign]
+        gate.forward = forward(gate)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ def make_manifest(model: GatedModel, config: CacheConfig, target: Target) -> Man
         0,
         shape.max_position_embeddings,
     )
-    gates = GateInfo("rg", "random", "", 0)
+    gates = GateInfo(str(model.gates[0].kind), "random", "", 0)
     empty = ByteInfo(0, 0, 0)
     return Manifest(1, info, gates, config, RopeInfo(), None, "float32", "none", empty, {"onnx": target}, {}, {})
 

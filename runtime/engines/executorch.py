@@ -17,6 +17,7 @@ from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, StateError, TrimKVError
 from trimkv_edge.manifest import Manifest, Target
 from trimkv_edge.runtime.engines.base import ArtefactEngine
+from trimkv_edge.runtime.engines.gate_rows import GateRows
 from trimkv_edge.runtime.profile import OperatorTime, read_etdump
 
 _METHODS = ("forward", "evict", "reset", "read_kept", "write_kept", "read_state", "write_state")
@@ -25,6 +26,8 @@ _KERNELS = (
     ("llama::custom_sdpa.out", "executorch.extension.llm.custom_ops", "*custom_ops_aot_lib.*"),
     ("quantized_decomposed::embedding_byte.out", "executorch.kernels.quantized", "*quantized_ops_aot_lib.*"),
 )
+# Only of models with gates.
+_GATES = "gates"
 # Only where heads share a budget.
 _SHARED_BUDGET = ("read_lengths", "write_lengths")
 
@@ -57,11 +60,14 @@ class ExecuTorchProgram(ArtefactEngine):
                 _set_threads(self._torch, self._binding, threads)
             self.threads = self._binding._threadpool_get_thread_count()
             self._methods = self._load(path, log)
-        self._position, self._live, self._seen = (np.zeros(1, np.int64) for _ in range(3))
+        self._position, self._live, self._seen, self._slot = (np.zeros(1, np.int64) for _ in range(4))
         self._token = np.zeros((1, 1), np.int64)
         # These share the arrays' memory: a decode step makes no tensor.
         shared = [self._torch.from_numpy(array) for array in (self._position, self._live, self._token, self._seen)]
         self._chunk_inputs, self._decode_inputs, self._evict_inputs = shared[:2], (shared[2], *shared[:2]), (shared[3],)
+        self._gate_rows = GateRows(self.num_layers, manifest.model.hidden_size, self.config)
+        rows = self._torch.from_numpy(self._gate_rows.rows)
+        self._gate_inputs = (self._torch.from_numpy(self._slot), *rows.split(1))
         self._block = self._run("read_state", (shared[3],))[2].numel() // self._rows
         self._reset()
 
@@ -72,7 +78,11 @@ class ExecuTorchProgram(ArtefactEngine):
     @property
     def _wanted(self) -> tuple[str, ...]:
         """Methods that this kind of program has."""
-        return _METHODS
+        return (*_METHODS, _GATES) if self._gated else _METHODS
+
+    @property
+    def _gated(self) -> bool:
+        return self._manifest.gates.kind != "none"
 
     def _load(self, path: Path, log: IO[bytes]) -> dict[str, Any]:
         """All methods now: loading one later would initialise buffers of those that have run."""
@@ -90,6 +100,10 @@ class ExecuTorchProgram(ArtefactEngine):
                 raise ArtefactError(
                     f"{path} has a budget that heads share, but the manifest means one for each head: "
                     "files of two artefacts are mixed, export it again"
+                )
+            if _GATES in names and not self._gated:
+                raise ArtefactError(
+                    f"{path} has gates, but the manifest means none: files of two artefacts are mixed, export it again"
                 )
             if "embed" in names and "embed" not in self._wanted:
                 raise ArtefactError(
@@ -114,6 +128,14 @@ class ExecuTorchProgram(ArtefactEngine):
             "get_trimkv_prefill_chunk": config.prefill_chunk,
             "get_trimkv_sinks": config.sinks,
             "get_trimkv_recent": config.recent,
+            **(self._waiting_facts() if self._gated else {}),
+        }
+
+    def _waiting_facts(self) -> dict[str, Any]:
+        """Of what gates have yet to read."""
+        return {
+            "get_trimkv_gate_rows": self.config.gate_rows,
+            "get_trimkv_hidden_size": self._manifest.model.hidden_size,
         }
 
     def _check_constants(self, path: Path) -> None:
@@ -150,11 +172,34 @@ class ExecuTorchProgram(ArtefactEngine):
             inputs = self._decode_inputs
         else:
             inputs = (self._torch.from_numpy(ids).unsqueeze(0), *self._chunk_inputs)
-        logits: FloatArray = self._run("forward", inputs)[0].numpy()
-        return logits.reshape(-1).copy()
+        return self._run_step(inputs, ids.size)
+
+    def _run_step(self, inputs: tuple[Any, ...], count: int) -> FloatArray:
+        """Runs ``forward`` over a chunk of ``count`` tokens; what gates read of it waits."""
+        rows = self._gate_rows
+        if rows.due(count):
+            self.settle()
+        output, *read = self._run("forward", inputs)
+        logits: FloatArray = output.numpy().reshape(-1).copy()
+        if read:
+            part = slice(rows.waiting, rows.waiting + count)
+            # Not torch's cat, which takes three times as long in the middle of a stream.
+            for waiting, new in zip(rows.rows, read, strict=True):
+                waiting[part] = new.numpy()[0]
+            rows.waiting += count
+        return logits
+
+    def settle(self) -> None:
+        count = self._gate_rows.waiting
+        if count:
+            self._slot[0] = self.live - count
+            slot, *rows = self._gate_inputs
+            self._run(_GATES, (slot, *(row[:, :count] for row in rows)))
+            self._gate_rows.waiting = 0
 
     def _reset(self) -> None:
         self._run("reset")
+        self._gate_rows.waiting = 0
 
     def _kept_positions(self) -> IntArray:
         kept: IntArray = self._run("read_kept")[0].numpy()
@@ -165,6 +210,7 @@ class ExecuTorchEngine(ExecuTorchProgram):
     """Runs the ``executorch`` target of an artefact whose heads have a budget each; arguments as for its base."""
 
     def _evict(self, seen: int) -> None:
+        self.settle()
         self._seen[0] = seen
         self._run("evict", self._evict_inputs)
 
@@ -174,6 +220,7 @@ class ExecuTorchEngine(ExecuTorchProgram):
         return [*range(0, last, self._block), last]
 
     def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        self.settle()
         shape, block = (self.num_layers, self.num_kv_heads, self.config.slots), self._block
         key, value = (np.empty((*shape, self.head_dim), np.float32) for _ in range(2))
         log_beta = np.empty(shape, np.float32)
@@ -203,6 +250,7 @@ class ExecuTorchEngine(ExecuTorchProgram):
             inputs = (*(array.reshape(layers, -1, self.head_dim) for array in rows), by_slot.reshape(-1, 1))
             self._run("write_state", (*self._evict_inputs, *map(tensor, inputs)))
         self._run("write_kept", (tensor(np.ascontiguousarray(kept).reshape(self._rows, -1)),))
+        self._gate_rows.waiting = 0
 
 
 @contextmanager

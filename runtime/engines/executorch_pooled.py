@@ -33,6 +33,7 @@ class ExecuTorchPooledEngine(PooledEngine, ExecuTorchProgram):
         return np.array(self.config.caps or (), np.int64).reshape(-1)
 
     def _evict(self, seen: int) -> None:
+        self.settle()
         self._seen[0], self._live[0] = seen, self.live
         self._run("evict", (*self._evict_inputs, self._chunk_inputs[1]))
 
@@ -45,6 +46,7 @@ class ExecuTorchPooledEngine(PooledEngine, ExecuTorchProgram):
         return range(0, width, self._block)
 
     def _read(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        self.settle()
         starts = self._starts(int(self.kept.max()) + self.live)
         shape = (*self.kept.shape, len(starts) * self._block)
         key, value = (np.empty((*shape, self.head_dim), np.float32) for _ in range(2))
@@ -74,3 +76,4 @@ class ExecuTorchPooledEngine(PooledEngine, ExecuTorchProgram):
         positions[:, :known] = kept.reshape(rows, width)[:, :known]
         self._run("write_kept", (tensor(positions),))
         self._run("write_lengths", (tensor(self.kept.reshape(-1, 1).copy()),))
+        self._gate_rows.waiting = 0

@@ -73,8 +73,7 @@ class _VisionProgram(MixedArtefactEngine, ExecuTorchProgram):
         chunk.positions[:] = rows.positions
         spread(rows, chunk.embeddings[0], chunk.deepstack)
         self._live[0] = live
-        logits: FloatArray = self._run("forward", chunk.forward)[0].numpy()
-        return logits.reshape(-1).copy()
+        return self._run_step(chunk.forward, ids.size)
 
     def _encode(self, size: tuple[int, int], pixels: FloatArray) -> tuple[FloatArray, FloatArray]:
         name = f"encode_{size[0]}x{size[1]}"

@@ -140,11 +140,15 @@ def test_what_the_methods_take() -> None:
     engine = open_executorch(executorch_artefact("xnnpack", "trimkv"))
     inputs = {
         "forward": [(1, 8, 64), (3, 8), (2, 8, 64), (1,)],
+        "gates": [(1,), *[(1, 8, 64)] * 3],
         "embed": [(1, 8)],
     }
     for name, shapes in inputs.items():
         metadata = engine._program.method_meta(name)
         assert [metadata.input_tensor_meta(i).sizes() for i in range(metadata.num_inputs())] == shapes
+    metadata = engine._program.method_meta("forward")
+    outputs = [metadata.output_tensor_meta(i).sizes() for i in range(metadata.num_outputs())]
+    assert outputs == [(1, 1, 320), *[(1, 8, 64)] * 3]
     assert engine._program.method_meta("embed").output_tensor_meta(0).sizes() == (1, 8, 64)
     engine.encode("image", np.zeros((24, PATCH_VALUES), np.float32), np.array([[1, 4, 6]]))
     metadata = engine._encoders.method_meta("encode_4x6")
@@ -161,7 +165,7 @@ def test_kernels(ops: str) -> None:
         program = deserialize_pte_binary((folder / name).read_bytes()).program
         found |= operators(SimpleNamespace(executorch_program=program))
     assert found["embed"] == {"aten::embedding.out": 1, "delegate": 0}
-    for name in ("forward", *(f"encode_{down}x{across}" for down, across in SIZES)):
+    for name in ("forward", "gates", *(f"encode_{down}x{across}" for down, across in SIZES)):
         products = [kernel for kernel in found[name] if kernel.startswith(("aten::mm", "aten::addmm", "aten::bmm"))]
         assert bool(found[name]["delegate"]) != bool(products)
         assert bool(products) == (ops == "portable")

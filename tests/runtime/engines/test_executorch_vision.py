@@ -156,6 +156,37 @@ def test_a_failed_step_is_not_counted(artefact: VisionArtefact) -> None:
         np.testing.assert_array_equal(engine.decode(token), plain.decode(token))
 
 
+@pytest.mark.parametrize("case", [("portable", "trimkv"), ("xnnpack", "global")], ids="-".join)
+@pytest.mark.parametrize("sizes", [(1,), (4, 1, 1)])
+def test_log_betas_are_eagers_while_rows_wait(case: tuple[str, str], sizes: tuple[int, ...]) -> None:
+    made = executorch_artefact(*case)
+    eager, engine = made.eager(), open_executorch(made)
+    for stream in (long_stream(3), Mixed(4).text(2).image(4, 4).text(3)):
+        want, got = read(eager, stream, sizes), read(engine, stream, sizes)
+        for mine, theirs in zip(want.survivors, got.survivors, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+        assert engine._gate_rows.waiting
+        one, other = eager.state(), engine.state()
+        live = one.positions >= 0
+        np.testing.assert_allclose(other.log_beta[live], one.log_beta[live], rtol=1e-4, atol=1e-9)
+
+
+def test_failing_gates_leave_all_as_it_was(artefact: VisionArtefact) -> None:
+    stream = Mixed(1).text(3).image(4, 4).text(9)
+    engine, plain = open_executorch(artefact), open_executorch(artefact)
+    for each in (engine, plain):
+        each.show(each.encode("image", stream.pixels["image"][0].numpy(), np.array(stream.image_grids)))
+        each.decode(stream.tokens[0])
+    whole, engine._gate_inputs = engine._gate_inputs, engine._gate_inputs[:2]
+    with pytest.raises(StateError, match="ExecuTorch failed in gates"):
+        engine.prefill(stream.tokens[1:6])
+    assert (engine.cursor, engine.seen, len(engine.waiting)) == (plain.cursor, 1, 1)
+    engine._gate_inputs = whole
+    for each in (engine, plain):
+        each.prefill(stream.tokens[1:6])
+    np.testing.assert_array_equal(engine.state().log_beta, plain.state().log_beta)
+
+
 def test_engines_of_one_model_do_not_share_their_streams(artefact: VisionArtefact) -> None:
     one, streams = open_executorch(artefact), (long_stream(5), long_stream(6))
     other = one.another()
