@@ -48,7 +48,7 @@ from trimkv_edge.eviction import policy_of, require_exportable
 from trimkv_edge.export.executorch_attention import CacheMethod, Forward, LlamaStep, PortableStep, Step
 from trimkv_edge.export.executorch_cache import ExportCache, LlamaCache, PortableCache
 from trimkv_edge.export.executorch_check import check_program
-from trimkv_edge.export.executorch_gates import GATES, Gates, gates_apart, has_gates, trace_gates
+from trimkv_edge.export.executorch_gates import GATES, Gates, trace_gates
 from trimkv_edge.export.executorch_parts import PackedParts
 from trimkv_edge.export.executorch_pooled import PooledExportCache, PooledLlamaCache, PooledPortableCache
 from trimkv_edge.export.executorch_pooled_attention import PooledLlamaStep, PooledPortableStep
@@ -62,6 +62,7 @@ from trimkv_edge.export.executorch_vision import (
     trace_rows,
 )
 from trimkv_edge.export.executorch_weights import LateWeights
+from trimkv_edge.export.gates_apart import gates_apart, has_gates
 from trimkv_edge.export.quantization import none
 from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import stored_bytes

@@ -24,7 +24,7 @@ class Step(ABC):
         self.read: list[Tensor] = []
 
     def retain(self, layer: int, rows: Tensor) -> None:
-        """Takes what the layer's gate would read, see :func:`~trimkv_edge.export.executorch_gates.gates_apart`."""
+        """Takes what the layer's gate would read, see :func:`~trimkv_edge.export.gates_apart.gates_apart`."""
         self.read.append(rows)
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Forward(nn.Module):
     layer's gate reads, ``[1, T, hidden_size]``.
 
     Args:
-        model: the decoder, traced with its gates apart (:mod:`~trimkv_edge.export.executorch_gates`).
+        model: the decoder, traced with its gates apart (:mod:`~trimkv_edge.export.gates_apart`).
         cache: the buffers.
         make_step: ``(cache, live, T)`` -> what appends and attends.
         gated: whether there are gates.

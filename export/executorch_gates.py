@@ -1,13 +1,7 @@
-"""The gates of an ExecuTorch program: a method of their own, which reads many tokens at once.
-
-Log-betas are needed by events and saved states alone. In ``forward`` gates would read their weights from memory for
-every token; so ``forward`` gives back what they read, and a runner keeps that until ``gates`` is due.
-"""
+"""The gates of an ExecuTorch program: a method of their own, which reads many tokens at once (see
+:mod:`trimkv_edge.export.gates_apart`)."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +9,10 @@ from torch.export import Dim, ExportedProgram, export
 
 from trimkv_edge.export.executorch_cache import ExportCache
 from trimkv_edge.export.executorch_pooled import PooledExportCache
-from trimkv_edge.models.family import text_decoder
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.retention import RetentionGate, log_sigmoid
 
 GATES = "gates"
-
-
-def has_gates(model: GatedModel) -> bool:
-    """Whether a program of this model has the method ``gates``."""
-    return isinstance(model.gates[0], RetentionGate)
-
-
-@contextmanager
-def gates_apart(model: GatedModel) -> Iterator[None]:
-    """Within, a layer gives its backend what its gate would read, float32 ``[1, T, hidden_size]``."""
-    attentions = [layer.self_attn for layer in text_decoder(model.base).layers]
-    gates = model.gates
-    for attention in attentions:
-        attention.retention_gate = nn.Identity()
-    try:
-        yield
-    finally:
-        for attention, gate in zip(attentions, gates, strict=True):
-            attention.retention_gate = gate
 
 
 class Gates(nn.Module):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, VerificationError
 from trimkv_edge.eviction import policy_of, require_exportable
+from trimkv_edge.export.gates_apart import gates_apart
 from trimkv_edge.export.onnx_attention import BACKENDS, GroupQueryAttention, OnnxAttention
 from trimkv_edge.export.onnx_chunks import Reader, RowsReader, TextReader
 from trimkv_edge.export.onnx_data import save_with_data
@@ -43,7 +44,6 @@ from trimkv_edge.export.onnx_gates import (
     Gates,
     deferred_sigmoid,
     may_wait,
-    silent_gates,
     trace_gates,
     write_log_betas,
 )
@@ -203,7 +203,7 @@ def _evict_model(config: CacheConfig, layers: int, heads: int, head_dim: int) ->
 
 
 class _Decoder(nn.Module):
-    """A step as a pure function of the cache, for tracing; it gives what the gates read.
+    """A step as a pure function of the cache, for tracing with the gates apart: it gives what they read.
 
     ``read`` reads with ``model``; ``attention`` takes keys, values, the numbers that tell what is live, and T.
     """
@@ -213,8 +213,7 @@ class _Decoder(nn.Module):
         self.model, self.read, self.attention = model, read, attention
 
     def forward(self, chunk: list[Tensor], numbers: list[Tensor], cache: list[Tensor]) -> tuple[Tensor, ...]:
-        with silent_gates(self.model):
-            logits, backend = self._step(chunk, numbers, cache)
+        logits, backend = self._step(chunk, numbers, cache)
         return (logits, *_caches(backend), *backend.retained)
 
     def _step(
@@ -305,7 +304,8 @@ def _save_decoder(
         names.append("log_beta")
         rows = []
     decoder = (_Decoder if waiting else _GatedDecoder)(model, read, _attention(model, config, ops, scales))
-    with fused_rotary(model) if ops == "gqa" else nullcontext():
+    rotary = fused_rotary(model) if ops == "gqa" else nullcontext()
+    with rotary, gates_apart(model) if waiting else nullcontext():
         program = trace(
             decoder,
             tuple(args),

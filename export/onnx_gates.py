@@ -1,8 +1,7 @@
 """Gates of a decoder: one log-sigmoid for all layers, and a graph of their own where they may read later.
 
 ``gates.onnx`` reads what each layer's gate reads of T <= ``CacheConfig.gate_rows`` tokens that the decoder has read,
-and writes their log-betas. Log-betas are needed by events and saved states alone, and a gate's weights cost as much
-memory traffic for one token as for many.
+and writes their log-betas (see :mod:`trimkv_edge.export.gates_apart`).
 
 ==================== ======================================= ==========================================================
 ``gate_input.{i}``   float32 ``[1, T, hidden_size]``         output of the same name of the decoder, one token or more
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.onnx import ops as onnx_ops
 
 from trimkv_edge.config import CacheConfig
+from trimkv_edge.export.gates_apart import has_gates
 from trimkv_edge.export.onnx_trace import trace
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.retention import RetentionGate, log_sigmoid
@@ -38,16 +38,14 @@ def deferred_sigmoid(model: GatedModel) -> Iterator[Finish]:
     Yields:
         what turns logits of any shape into log-betas, float32; it changes nothing where a model has no gates.
     """
-    gates = _gates(model)
-    with _instead(gates, lambda gate: gate.logit):
+    gates = [gate for gate in model.gates if isinstance(gate, RetentionGate)]
+    for gate in gates:
+        gate.forward = gate.logit  # type: ignore[method-assign]
+    try:
         yield (lambda logits: log_sigmoid(logits.float())) if gates else (lambda log_betas: log_betas)
-
-
-@contextmanager
-def silent_gates(model: GatedModel) -> Iterator[None]:
-    """While open, the model's gates give back what they read."""
-    with _instead(_gates(model), lambda gate: lambda rows: rows):
-        yield
+    finally:
+        for gate in gates:
+            del gate.forward
 
 
 def may_wait(model: GatedModel, config: CacheConfig, ops: str) -> bool:
@@ -55,7 +53,7 @@ def may_wait(model: GatedModel, config: CacheConfig, ops: str) -> bool:
 
     Plain operators run anywhere, and 16-bit keys and values on GPUs, where one graph is captured for a step.
     """
-    return bool(_gates(model)) and ops == "gqa" and config.kv_dtype != "float16"
+    return has_gates(model) and ops == "gqa" and config.kv_dtype != "float16"
 
 
 def write_log_betas(table: Tensor, numbers: list[Tensor], new: Tensor) -> Tensor:
@@ -109,21 +107,3 @@ def trace_gates(gates: Gates, config: CacheConfig, numbers: dict[str, Tensor], t
     names = [*(f"gate_input.{layer}" for layer in range(layers)), *numbers, "past.log_beta"]
     args = (rows, list(numbers.values()), table)
     return trace(gates, args, names, ["present.log_beta"], opset, dynamic).model
-
-
-def _gates(model: GatedModel) -> list[RetentionGate]:
-    return [gate for gate in model.gates if isinstance(gate, RetentionGate)]
-
-
-@contextmanager
-def _instead(
-    gates: list[RetentionGate], forward: Callable[[RetentionGate], Callable[[Tensor], Tensor]]
-) -> Iterator[None]:
-    """While open, gates do something else."""
-    for gate in gates:
-        gate.forward = forward(gate)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        for gate in gates:
-            del gate.forward

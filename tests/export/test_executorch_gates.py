@@ -20,8 +20,8 @@ from torch.export import ExportedProgram
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.executorch import PROGRAM, build_program
 from trimkv_edge.export.executorch_check import operators
-from trimkv_edge.export.executorch_gates import gates_apart, has_gates
 from trimkv_edge.export.executorch_quantize import reference_model, round_weight
+from trimkv_edge.export.gates_apart import gates_apart, has_gates
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.eager import EagerEngine
