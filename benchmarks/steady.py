@@ -18,11 +18,12 @@ from typing import Any
 
 import psutil
 from common import copy_bandwidth, feed, median, open_engine, parser, rss, save
-from eviction_overhead import window
+from eviction_overhead import Times, window
 
-from trimkv_edge.engine import CacheState, Engine
+from trimkv_edge.engine import CacheState
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.runtime.artefact import Artefact
+from trimkv_edge.runtime.engines.base import ArtefactEngine
 
 
 def later(state: CacheState, seen: int) -> CacheState:
@@ -30,7 +31,7 @@ def later(state: CacheState, seen: int) -> CacheState:
     return replace(state, seen=seen, positions=state.positions + (seen - state.seen))
 
 
-def measure(engine: Engine, rounds: int, late: int) -> dict[str, Any]:
+def measure(engine: ArtefactEngine, rounds: int, late: int) -> dict[str, Any]:
     """Medians over rounds; ratios are medians of ratios within a round."""
     rng = random.Random(0)
     buffer, slots = engine.config.buffer, engine.config.slots
@@ -38,7 +39,7 @@ def measure(engine: Engine, rounds: int, late: int) -> dict[str, Any]:
     early, start, grown = engine.state(), rss(), 0
     late += (early.seen - late) % buffer  # where an event just was
     at_late = later(early, late)
-    times: dict[str, list[tuple[float, float]]] = {"events": [], "ring": [], "late": []}
+    times: dict[str, list[Times]] = {"events": [], "ring": [], "late": []}
     for turn in range(rounds + 1):
         tokens = rng.choices(range(engine.vocab_size), k=buffer)
         kinds = list(times)
@@ -49,11 +50,12 @@ def measure(engine: Engine, rounds: int, late: int) -> dict[str, Any]:
                 times[kind].append(timed)
         grown = max(grown, rss() - start) if turn else 0
         start = start if turn else rss()
-    with_events = median(whole for whole, _ in times["events"])
+    wholes, events, gates = zip(*times["events"], strict=True)
     return {
-        "ms_per_token": round(with_events / buffer * 1e3, 4),
-        "ms_per_event": round(median(event for _, event in times["events"]) * 1e3, 4),
-        "event_share": round(median(event / whole for whole, event in times["events"]), 5),
+        "ms_per_token": round(median(wholes) / buffer * 1e3, 4),
+        "ms_per_event": round(median(events) * 1e3, 4),
+        "event_share": round(median(event / whole for whole, event in zip(wholes, events, strict=True)), 5),
+        "gates_share": round(median(gate / whole for whole, gate in zip(wholes, gates, strict=True)), 5),
         "against_ring": round(_ratio(times["events"], times["ring"]), 4),
         "late_to_early": round(_ratio(times["late"], times["events"]), 4),
         "positions": [early.seen, late],
@@ -61,12 +63,12 @@ def measure(engine: Engine, rounds: int, late: int) -> dict[str, Any]:
     }
 
 
-def _ratio(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> float:
-    return median(a / b for (a, _), (b, _) in zip(one, other, strict=True))
+def _ratio(one: list[Times], other: list[Times]) -> float:
+    return median(a[0] / b[0] for a, b in zip(one, other, strict=True))
 
 
 def bandwidth(artefact: Artefact, seconds: float, copy: float) -> dict[str, Any]:
-    """Bytes that a decode step must read (weights but the embedding, live entries), and their rate.
+    """Bytes that a decode step must read (weights but the embedding and gates of their own, live entries), their rate.
 
     Args:
         seconds: of a step; copy: GB/s of a plain copy, reads and writes counted.
@@ -74,6 +76,8 @@ def bandwidth(artefact: Artefact, seconds: float, copy: float) -> dict[str, Any]
     manifest = artefact.manifest
     bits = manifest.embedding_bits or SCHEMES[manifest.quantization].embedding_bits
     weights = manifest.bytes.weights - manifest.model.vocab_size * manifest.model.hidden_size * bits // 8
+    gates = next(iter(manifest.targets.values())).files.get("gates_data")
+    weights -= manifest.files[gates].bytes if gates else 0
     cache = manifest.bytes.cache * (manifest.cache.budget + manifest.cache.buffer / 2) / manifest.cache.slots
     rate = (weights + cache) / seconds / 1e9
     return {

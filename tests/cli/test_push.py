@@ -129,7 +129,8 @@ def test_an_export_pushes_when_it_is_done(hub_here: Hub, capsys: pytest.CaptureF
     assert shown[-1] == f"pushed    {hub_here.endpoint}/team/small/commit/{repo.sha('b16')}"
     made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert repo.files("b16") == {**made, ".gitattributes": b"\n"}
-    assert made.keys() == {"README.md", "manifest.json", "decoder.onnx", "decoder.onnx.data", "evict.onnx"}
+    graphs = {"decoder.onnx", "decoder.onnx.data", "gates.onnx", "gates.onnx.data", "evict.onnx"}
+    assert made.keys() == {"README.md", "manifest.json", *graphs}
 
 
 def test_an_export_asks_the_hub_first(hub_here: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ def artefact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_manifest_tells_what_was_made(artefact: Path) -> None:
     manifest = load_manifest(artefact)
-    assert set(manifest.files) == {"README.md", "model.pte", "decoder.onnx", "decoder.onnx.data", "evict.onnx"}
+    graphs = {"decoder.onnx", "decoder.onnx.data", "gates.onnx", "gates.onnx.data", "evict.onnx"}
+    assert set(manifest.files) == {"README.md", "model.pte", *graphs}
     assert manifest.model.random_weights
     assert manifest.tokenizer is None
     # 24 slots x 4 rows x (2 x 32 x 4 + 4) bytes, and 16 positions x 4 rows x 8 bytes.

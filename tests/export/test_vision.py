@@ -67,6 +67,7 @@ def test_the_manifest_tells_how_pictures_enter(artefact: Path) -> None:
         "decoder.onnx",
         "embed.onnx",
         "evict.onnx",
+        "gates.onnx",
         "vision-8x8.onnx",
         "vision-8x12.onnx",
     }
