@@ -154,7 +154,7 @@ def _arguments() -> argparse.Namespace:
     add("--verify", choices=("yes", "no"), default="yes", help="no: our export does not compare itself with eager")
     add("--rounds", type=int, default=2, help="times that the whole stream is read")
     add("--turns", type=int, default=9, help="turns of each peer at each context")
-    add("--steps", type=int, default=32, help="decode steps of a turn")
+    add("--steps", type=int, default=24, help="decode steps of a turn")
     add("--setup", action="store_true", help="make the environments of --peers and stop")
     add("--build-only", action="store_true", help="build what is missing and stop")
     add("--rebuild", action="store_true", help="build --peers again")
