@@ -313,7 +313,7 @@ class OnnxEngine(ArtefactEngine):
 
     def _evict(self, seen: int) -> None:
         self.settle()
-        self._seen[0] = seen
+        self._seen[0], self._live_length[0] = seen, self.live
         self._run(self._evictor, self._binding(0))
         self._swap(self._evict_state())
 

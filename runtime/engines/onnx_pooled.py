@@ -59,11 +59,6 @@ class OnnxPooledEngine(PooledEngine, OnnxEngine):
         moved = known if set(known) & set(names) else []
         super()._swap([*moved, *(name for name in names if name not in known)])
 
-    def _evict(self, seen: int) -> None:
-        self.settle()
-        self._live_length[0] = self.live
-        super()._evict(seen)
-
     def _reset(self) -> None:
         self._forget_rows()
         for array in self._arrays.values():
