@@ -94,9 +94,9 @@ def perplexity(engine: Engine, text: list[int]) -> float:
 
 
 def distinct_schemes(target: str) -> list[Scheme]:
-    """Those that a target can build; in onnx 8da4w is another name of int4."""
+    """Those that a target can build and run here; in onnx 8da4w is another name of int4, and bf16 for CUDA alone."""
     found = [scheme for scheme in SCHEMES.values() if target in scheme.targets]
-    return [scheme for scheme in found if (target, scheme.name) != ("onnx", "8da4w")]
+    return [scheme for scheme in found if (target, scheme.name) not in (("onnx", "8da4w"), ("onnx", "bf16"))]
 
 
 def forms(target: str) -> list[tuple[str, dict[str, Any]]]:

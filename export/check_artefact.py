@@ -73,6 +73,10 @@ class _Check:
             singles=_SINGLES if self.large else None,
         )
 
+    def with_float_cache(self) -> _Check:
+        """The same where the cache holds float32."""
+        return replace(self, manifest=replace(self.manifest, cache=replace(self.manifest.cache, kv_dtype="float32")))
+
     def reference(self, weights: ReferenceWeights, tokens: Sequence[int], scratch: Path) -> Engine:
         cache = self.manifest.cache
         if self.large:
@@ -125,9 +129,9 @@ class _Check:
             close_abs=tolerance.close_abs,
             show=None if self.sample is None else self.sample.show,
         )
-        if self.loaded.info.random_weights and row in ("dynamic", "rounded", "float16"):
+        if self.loaded.info.random_weights and row in ("dynamic", "rounded", "float16", "bfloat16"):
             # Random logits are nearly flat: rounding decides which one is the largest.
-            limit = tolerance.logits_abs if row == "float16" else 1.0
+            limit = tolerance.logits_abs if row in ("float16", "bfloat16") else 1.0
             tolerance = replace(tolerance, greedy_share=1.0, logits_abs=limit)
         if target.ops not in TARGETS[name].rounds:
             check(result, tolerance, f"the {name} artefact")
@@ -178,7 +182,13 @@ def verify_targets(
                 del rounded
                 report("  as it is, against float32 activations")
             reference = job.reference(weights, tokens, Path(scratch))
-            if name not in scheme.dynamic:
+            emulated = spec.emulated is not None and scheme.dtype == "bfloat16"
+            if emulated and spec.emulated is not None:
+                report("  on this CPU, with float32 operators and every result rounded to bfloat16")
+                exact = spec.emulated(folder, target, Path(scratch))
+                result, artefact = job.with_float_cache().run(name, exact, reference, tokens, row)
+                parity = result.as_dict()
+            elif name not in scheme.dynamic:
                 # Of a compiler's target: its arithmetic is float16 whatever the model's is.
                 own = "float16" if target.ops == "fp16" else row
                 result, artefact = job.run(name, target, reference, tokens, own)
@@ -191,6 +201,6 @@ def verify_targets(
                     report("  as it is")
                 result, artefact = job.run(name, target, reference, tokens, "dynamic")
                 parity = {**(parity or result.as_dict()), "dynamic": result.as_dict()}
-        speed = {} if artefact.emulates else measure_speed(artefact)
+        speed = {} if emulated or artefact.emulates else measure_speed(artefact)
         targets[name] = replace(target, parity=parity, speed=speed)
     return replace(manifest, targets=targets)

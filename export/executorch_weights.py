@@ -80,6 +80,7 @@ class LateWeights:
         finally:
             XnnpackBackend.preprocess = staticmethod(plain)
             del XnnpackBackend.copy_exported_program_for_preprocess  # again that of its base class
+            _forget_nodes()
 
     def fill(self, program: ExportedProgram) -> list[Tensor]:
         """Puts the missing weights of a program in place and returns them."""
@@ -104,6 +105,22 @@ class LateWeights:
         for name in self._late:
             if id(modules[name]) not in used:
                 raise VerificationError(f"the executorch program lacks the weights of {name}: report this")
+
+
+def _forget_nodes() -> None:
+    """Empties what ExecuTorch's partitioner keeps in globals: a node there keeps its graph, and with it every buffer of
+    the program, for the rest of the process."""
+    from executorch.backends.xnnpack.partition.config import (
+        gemm_configs,
+        generic_node_configs,
+        node_configs,
+        xnnpack_config,
+    )
+    from executorch.exir.backend.utils import is_same_node
+
+    is_same_node.cache_clear()
+    for module in (gemm_configs, generic_node_configs, node_configs, xnnpack_config):
+        module.why.node = None
 
 
 def _owner(name: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-import numpy as np
 import onnx
 import torch
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -147,7 +146,7 @@ def evict_model(config: CacheConfig, num_layers: int, num_kv_heads: int, head_di
         ("positions", TensorProto.INT64, [rows, config.budget]),
     ]
     caches = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
-    stored = helper.np_dtype_to_tensor_dtype(np.dtype(config.kv_dtype))
+    stored = TensorProto.DataType.Value(config.kv_dtype.upper().replace("FLOAT32", "FLOAT"))
     tensors = tables + [(name, stored, [1, num_kv_heads, config.slots, head_dim]) for name in caches]
     settings = {name: value for name, value in asdict(config).items() if name in _SETTINGS}
     functions = [evict_function(config, num_layers, num_kv_heads), move_rows_function(num_kv_heads)]

@@ -53,7 +53,7 @@ def may_wait(model: GatedModel, config: CacheConfig, ops: str) -> bool:
 
     Plain operators run anywhere, and 16-bit keys and values on GPUs, where one graph is captured for a step.
     """
-    return has_gates(model) and ops == "gqa" and config.kv_dtype != "float16"
+    return has_gates(model) and ops == "gqa" and config.kv_dtype not in ("float16", "bfloat16")
 
 
 def write_log_betas(table: Tensor, numbers: list[Tensor], new: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def check_scheme(scheme: Scheme) -> None:
     """Raises :class:`ConfigError` for what a model that reads pictures cannot have."""
     if scheme.float_bits == 16:
         raise ConfigError(
-            f"--quant {scheme.name} computes in float16, and models that read pictures compute in float32 here: "
+            f"--quant {scheme.name} computes in {scheme.dtype}, and models that read pictures compute in float32 here: "
             "use none, int8 or int4"
         )
 

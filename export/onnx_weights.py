@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -33,7 +34,12 @@ INT8_ACTIVATIONS = 4
 _SMALL = 2**16
 # Rows of a matrix that are rounded together: the largest would be in memory several times.
 _ROWS = 4096
-_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.uint8: ir.DataType.UINT8}
+_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.uint8: ir.DataType.UINT8,
+}
 Array = npt.NDArray[Any]
 Source = Callable[[], Array]
 
@@ -48,7 +54,7 @@ class Stored(nn.Module):
     def store(self, name: str, shape: tuple[int, ...], source: Source, dtype: torch.dtype = torch.float32) -> None:
         """Adds a tensor of ``shape``, which takes no memory if it is large."""
         if math.prod(shape) <= _SMALL:
-            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(source())).view(shape))
+            self.register_buffer(name, _to_torch(source()).view(shape))
         else:
             self.register_buffer(name, torch.zeros(1, dtype=dtype).expand(shape))
             self.sources[name] = source
@@ -169,11 +175,11 @@ def prepare(model: GatedModel, weights: Weights, scheme: Scheme) -> GatedModel:
     """
     memo: dict[int, Any] = {}
     names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
-    stored, floats = module_bits(model, scheme), torch.float16 if scheme.float_bits == 16 else torch.float32
+    stored, floats = module_bits(model, scheme), getattr(torch, scheme.dtype)
     for module in model.modules():
         bits = stored.get(id(module), 32)
         load = {
-            own: _loader(weights, names[id(p)], parameter_bits(bits, own, scheme.float_bits) == 16)
+            own: _loader(weights, names[id(p)], floats if parameter_bits(bits, own, scheme.float_bits) == 16 else None)
             for own, p in module.named_parameters(recurse=False)
         }
         plain, dtype = bits >= 16, torch.float32 if bits == 32 else floats
@@ -185,7 +191,7 @@ def prepare(model: GatedModel, weights: Weights, scheme: Scheme) -> GatedModel:
             memo[id(module)] = PlainLinear(module, load, dtype) if plain else QuantizedLinear(module, load, bits, dtype)
         else:
             for own, parameter in module.named_parameters(recurse=False):
-                memo[id(parameter)] = nn.Parameter(torch.from_numpy(load[own]()), requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(_to_torch(load[own]()), requires_grad=False)
     return copy.deepcopy(model, memo)
 
 
@@ -204,18 +210,19 @@ def fill(graph: ir.Graph, traced: nn.Module) -> None:
             value.const_value = ir.LazyTensor(_as_tensor(name, source), dtype, ir.Shape(tuple(tensor.shape)), name=name)
 
 
-def round_trip(weight: Tensor, bits: int, half: bool = False) -> Tensor:
+def round_trip(weight: Tensor, bits: int, dtype: str = "float32") -> Tensor:
     """What a matrix ``[out, in]`` is after rounding to ``bits``: what the engine multiplies with, float32.
 
-    16 bits are float16, of any shape; ``half``: scales of fewer bits are float16.
+    ``dtype``: of floats of 16 bits, of any shape, and of the scales of fewer bits.
     """
+    floats: torch.dtype = getattr(torch, dtype)
     if bits == 16:
-        return weight.half().float()
+        return weight.to(floats).float()
     given, rounded = weight.numpy(), np.empty(tuple(weight.shape), np.float32)
     for start in range(0, len(given), _ROWS):
         part = given[start : start + _ROWS]
         packed, scales = quantize(part, bits)
-        scales = scales.astype(np.float16).astype(np.float32) if half else scales
+        scales = torch.from_numpy(scales).to(floats).float().numpy()
         values = packed.reshape(len(part), -1)
         if bits == 4:
             values = np.stack([values & 15, values >> 4], axis=-1).reshape(len(part), -1)
@@ -253,8 +260,7 @@ class _Quantized:
     """Packed rows and scales of one matrix; both are asked for one after the other, so the last result is kept."""
 
     def __init__(self, source: Source, bits: int, dtype: torch.dtype) -> None:
-        self.source, self.bits = source, bits
-        self.scales = np.float16 if dtype == torch.float16 else np.float32
+        self.source, self.bits, self.scales = source, bits, dtype
 
     def __call__(self) -> tuple[Array, Array]:
         return _quantize_last(self)
@@ -263,20 +269,36 @@ class _Quantized:
 @lru_cache(maxsize=1)
 def _quantize_last(which: _Quantized) -> tuple[Array, Array]:
     packed, scales = quantize(which.source(), which.bits)
-    return packed, scales.astype(which.scales)
+    return packed, _to_numpy(torch.from_numpy(scales).to(which.scales))
 
 
-def _loader(weights: Weights, name: str, half: bool) -> Source:
+def _loader(weights: Weights, name: str, half: torch.dtype | None) -> Source:
+    """``half``: the type of 16 bits that it is stored in, or None."""
+
     def load() -> Array:
         given = weights(name)
-        values = given.to(torch.float16 if half else torch.float32)
+        values = given.to(half or torch.float32)
         if half and values.isinf().any():
             raise ModelError(
-                f"{name} holds {given.abs().max():.3g}, but float16 ends at 65504: use --quant none, int8 or int4"
+                f"{name} holds {given.abs().max():.3g}, but float16 ends at 65504: use --quant bf16, none, int8 or int4"
             )
-        return np.asarray(values.numpy())
+        return _to_numpy(values)
 
     return load
+
+
+def _to_numpy(values: Tensor) -> Array:
+    """numpy itself has no bfloat16; onnx's does."""
+    if values.dtype is torch.bfloat16:
+        return np.asarray(values.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(values.numpy())
+
+
+def _to_torch(values: Array) -> Tensor:
+    values = np.ascontiguousarray(values)
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 def _as_tensor(name: str, source: Source) -> Callable[[], ir.TensorProtocol]:

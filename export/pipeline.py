@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -274,7 +275,7 @@ def _kv_dtype(request: ExportRequest, policy: Policy, scheme: Scheme, ops: dict[
                 f"{target} keeps {' or '.join(TARGETS[target].kv_dtypes)} keys and values: leave out --kv-dtype, or "
                 f"the target"
             )
-    option = f"--quant {scheme.name}" if chosen == "float16" else "--kv-dtype"
+    option = f"--quant {scheme.name}" if chosen in ("float16", "bfloat16") else "--kv-dtype"
     if chosen != "float32" and (policy.pooled or policy.key_score):
         raise ConfigError(
             f"policy {policy.name} needs float32 keys and values: leave out {option}, or use another policy"
@@ -334,6 +335,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
                     sizes=() if plan.vision is None else plan.vision.sizes,
                 )
             )
+            gc.collect()  # graphs are cycles, and verification needs the room
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=loaded.info,

@@ -14,8 +14,8 @@ from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, parameter_slots
 
 Module = TypeVar("Module", bound=nn.Module)
-# A weight, its bits, its scales' bits -> what it is after rounding; 16 bits may be of any tensor, fewer of a matrix.
-Rounding = Callable[[Tensor, int, int], Tensor]
+# A weight, its bits, the scheme's dtype -> what it is after rounding; 16 bits may be of any tensor, fewer of a matrix.
+Rounding = Callable[[Tensor, int, str], Tensor]
 
 
 class ReferenceWeights:
@@ -31,7 +31,7 @@ class ReferenceWeights:
     def __init__(self, model: GatedModel, weights: Weights, scheme: Scheme, rounding: Rounding) -> None:
         self.model = model
         self._weights, self._rounding = weights, rounding
-        self._floats = scheme.float_bits
+        self._floats, self._dtype = scheme.float_bits, scheme.dtype
         self._names = {id(getattr(owner, own)): name for name, owner, own in parameter_slots(model)}
         self._bits = module_bits(model, scheme)
 
@@ -48,7 +48,7 @@ class ReferenceWeights:
                     if id(module) not in rounded:
                         rounded[id(module)] = copy.copy(module)
                         rounded[id(module)]._parameters = dict(module._parameters)
-                    value = self._rounding(self._value(parameter), kept, self._floats)
+                    value = self._rounding(self._value(parameter), kept, self._dtype)
                     rounded[id(module)]._parameters[own] = nn.Parameter(value, requires_grad=False)
                 elif id(parameter) not in plain:
                     plain[id(parameter)] = nn.Parameter(self._value(parameter), requires_grad=False)
@@ -61,6 +61,6 @@ class ReferenceWeights:
         return self._weights(self._names[id(parameter)])
 
 
-def exact(weight: Tensor, bits: int, float_bits: int) -> Tensor:
+def exact(weight: Tensor, bits: int, dtype: str) -> Tensor:
     """Rounding of schemes that have none."""
     return weight

@@ -71,6 +71,7 @@ class TargetSpec:
         rounding: what quantised weights of this target are in float32.
         with_float_activations: ``(folder, target, scratch)`` -> the same target without activations rounded to int8,
             for verification; its files may lie in ``scratch``, inside the folder. None: it cannot be had.
+        emulated: the same for a target in bfloat16, where no engine here computes in it.
         with_rounded_activations: the eager model that rounds activations as the target does. None: it cannot be had.
         check: raises :class:`TrimKVError` for cache settings that the target cannot have, or a package it lacks.
         runs: an engine here runs it, so that it can be verified.
@@ -84,6 +85,7 @@ class TargetSpec:
     rounding: Rounding = exact
     kv_dtypes: tuple[str, ...] = ("float32",)
     with_float_activations: Callable[[Path, Target, Path], Target] | None = None
+    emulated: Callable[[Path, Target, Path], Target] | None = None
     with_rounded_activations: Callable[[GatedModel, Weights, Scheme], GatedModel] | None = None
     check: Callable[[CacheConfig], None] = lambda config: None
     runs: bool = True
@@ -114,7 +116,7 @@ def _executorch(job: Job) -> Target:
     )
 
 
-def _executorch_rounding(weight: Tensor, bits: int, float_bits: int) -> Tensor:
+def _executorch_rounding(weight: Tensor, bits: int, dtype: str) -> Tensor:
     from trimkv_edge.export.executorch_quantize import round_trip
 
     return round_trip(weight, bits)
@@ -143,16 +145,22 @@ def _onnx(job: Job) -> Target:
     )
 
 
-def _onnx_rounding(weight: Tensor, bits: int, float_bits: int) -> Tensor:
+def _onnx_rounding(weight: Tensor, bits: int, dtype: str) -> Tensor:
     from trimkv_edge.export.onnx_weights import round_trip
 
-    return round_trip(weight, bits, half=float_bits == 16)
+    return round_trip(weight, bits, dtype)
 
 
 def _onnx_float(folder: Path, target: Target, scratch: Path) -> Target:
     from trimkv_edge.export.onnx import with_float_activations
 
     return with_float_activations(folder, target, scratch)
+
+
+def _onnx_emulated(folder: Path, target: Target, scratch: Path) -> Target:
+    from trimkv_edge.export.onnx_bf16 import emulate_bfloat16
+
+    return emulate_bfloat16(folder, target, scratch)
 
 
 def _host_evicted(job: Job) -> Target:
@@ -175,10 +183,10 @@ def _torch(job: Job) -> Target:
     return export_torch(job.model, job.folder, scheme=job.scheme, weights=job.weights, progress=job.progress)
 
 
-def _torch_rounding(weight: Tensor, bits: int, float_bits: int) -> Tensor:
+def _torch_rounding(weight: Tensor, bits: int, dtype: str) -> Tensor:
     from trimkv_edge.export.torch_weights import round_trip
 
-    return round_trip(weight, bits)
+    return round_trip(weight, bits, dtype)
 
 
 def _torch_check(config: CacheConfig) -> None:
@@ -211,8 +219,9 @@ TARGETS: dict[str, TargetSpec] = {
         ("gqa", "standard"),
         _onnx,
         _onnx_rounding,
-        ("float32", "float16", "int8"),
+        ("float32", "float16", "bfloat16", "int8"),
         _onnx_float,
+        _onnx_emulated,
         ran=Ran("CPUs", "ONNX Runtime", device=X86),
         vision=True,
     ),
@@ -220,7 +229,7 @@ TARGETS: dict[str, TargetSpec] = {
         ("compiled",),
         _torch,
         _torch_rounding,
-        ("float32", "float16"),
+        ("float32", "float16", "bfloat16"),
         check=_torch_check,
         ran=Ran("GPUs and CPUs, through torch.compile", "torch", device=X86),
     ),

@@ -20,6 +20,7 @@ from trimkv_edge.export.quantization.base import Scheme
 from trimkv_edge.export.quantization.bits import module_bits, parameter_bits
 from trimkv_edge.files import replace_text
 from trimkv_edge.gpu.artefact import CONFIG, FOLDER, GATES, INDEX, SINGLE
+from trimkv_edge.gpu.placement import DTYPES
 from trimkv_edge.manifest import Target
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, parameter_slots
@@ -70,16 +71,16 @@ def export_torch(
     return Target("torch", "compiled", {role: f"{FOLDER}/{name}" for role, name in files.items()})
 
 
-def round_trip(weight: Tensor, bits: int) -> Tensor:
-    """What a stored weight stands for, float32."""
-    return weight.half().float() if bits == 16 else weight
+def round_trip(weight: Tensor, bits: int, dtype: str) -> Tensor:
+    """What a weight stored in ``bits`` stands for, float32; ``dtype``: of the scheme."""
+    return weight.to(DTYPES[dtype]).float() if bits == 16 else weight
 
 
 def _stored(model: GatedModel, scheme: Scheme) -> dict[str, torch.dtype]:
     """Type of each parameter."""
     bits = module_bits(model, scheme)
     return {
-        name: torch.float16 if parameter_bits(bits.get(id(owner), 32), own) == 16 else torch.float32
+        name: DTYPES[scheme.dtype] if parameter_bits(bits.get(id(owner), 32), own) == 16 else torch.float32
         for name, owner, own in parameter_slots(model)
     }
 

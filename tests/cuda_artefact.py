@@ -23,6 +23,7 @@ CASES = {
     "float32": ("gqa", "none", CONFIG),
     "float16": ("gqa", "fp16", replace(CONFIG, kv_dtype="float16")),
     "int4": ("gqa", "int4-fp16", replace(CONFIG, kv_dtype="float16")),
+    "bfloat16": ("gqa", "bf16", replace(CONFIG, kv_dtype="bfloat16")),
     "standard": ("standard", "none", CONFIG),
     "pooled": ("standard", "none", POOLED),
 }

@@ -131,7 +131,7 @@ def estimate_memory(shape: ModelShape, config: CacheConfig, dtype: str) -> Memor
 
 def held_as_float32(dtype: str, weights: int) -> bool:
     """Whether ONNX Runtime on a CPU holds 16-bit weights as float32 too, which is faster: if their bytes are few."""
-    return dtype == "float16" and weights < _HELD
+    return dtype in ("float16", "bfloat16") and weights < _HELD
 
 
 def check_fits(needed: int, what: str, available: int | None = None) -> None:

@@ -8,7 +8,7 @@ from trimkv_edge.errors import BudgetError, ConfigError
 
 # RoPE angles are computed in float32 and a float32 holds every integer only up to here.
 POSITION_LIMIT = 2**24
-KV_DTYPES = ("float32", "float16", "int8")
+KV_DTYPES = ("float32", "float16", "bfloat16", "int8")
 _GATE_ROWS = 128
 
 
@@ -29,7 +29,8 @@ class CacheConfig:
             share.
         caps: most entries that each KV head keeps, per layer, for budgets that heads share: what makes their shapes
             static. None outside exported graphs.
-        kv_dtype: how keys and values are stored: ``float32``, ``float16``, or ``int8`` with a scale for each channel.
+        kv_dtype: how keys and values are stored: ``float32``, ``float16``, ``bfloat16``, or ``int8`` with a scale for
+            each channel.
 
     Raises:
         ConfigError: a value is out of range.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from trimkv_edge.config import KV_DTYPES
 from trimkv_edge.errors import ConfigError
-from trimkv_edge.export.quantization import da8w4, fp16, int4, int4_fp16, int8, none
+from trimkv_edge.export.quantization import bf16, da8w4, fp16, int4, int4_fp16, int8, none
 from trimkv_edge.export.quantization.base import Scheme
 
 SCHEMES: dict[str, Scheme] = {
@@ -15,6 +15,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         none.SCHEME,
         fp16.SCHEME,
+        bf16.SCHEME,
         int8.SCHEME,
         int4.SCHEME,
         da8w4.SCHEME,

@@ -109,5 +109,5 @@ def require_device(session: Any, path: Path) -> None:
     if stray := sorted(found - HOST_OPS):
         raise TrimKVError(
             f"{path} would run {', '.join(stray)} on the CPU, because ONNX Runtime's CUDA has no kernel for it here: "
-            "export with --quant fp16 or int4-fp16, or with --onnx-ops standard and --quant none"
+            "export with --quant fp16, bf16 or int4-fp16, or with --onnx-ops standard and --quant none"
         )

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from trimkv_edge.bfloat16 import from_bfloat16, to_bfloat16
 from trimkv_edge.budget import held_as_float32
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, TrimKVError, first_line
@@ -27,6 +28,9 @@ from trimkv_edge.runtime.profile import OperatorTime, read_onnxruntime
 PROVIDERS = ("CPUExecutionProvider",)
 _PROFILED = ("decoder", "gates")
 _NO_BLOCKS = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+
+# Names of ONNX Runtime. numpy has no bfloat16: its 16 bits are integers there.
+_TYPES = {"float32": "float", "uint16": "bfloat16"}
 
 Array = npt.NDArray[Any]
 
@@ -82,6 +86,7 @@ class OnnxEngine(ArtefactEngine):
         super().__init__(folder, manifest, target, threads, profile=profile)
         self._scratch = tempfile.TemporaryDirectory(prefix="trimkv-profile-") if profile else None
         self._ort = import_onnxruntime()
+        self._check_floats()
         self._aliased = aliased
         self.threads = threads or physical_cores()
         self._decoder = self._load("decoder", self.threads)
@@ -94,6 +99,13 @@ class OnnxEngine(ArtefactEngine):
         self._check_inputs(self._file("evict"), self._evictor, self._evict_state())
         if self._gates:
             self._check_inputs(self._file("gates"), self._gates, ["log_beta"])
+
+    def _check_floats(self) -> None:
+        if self.config.kv_dtype == "bfloat16":
+            raise ArtefactError(
+                f"{self._folder} computes in bfloat16, for which onnxruntime has no kernels on a CPU: use --engine "
+                "onnx:cuda, or export with --quant fp16 or none"
+            )
 
     def _open_cache(self) -> None:
         """All that belongs to one stream."""
@@ -118,7 +130,8 @@ class OnnxEngine(ArtefactEngine):
         """All state tensors, zeroed."""
         rows, slots = self.num_layers * self.num_kv_heads, self.config.slots
         shape = (1, self.num_kv_heads, slots, self.head_dim)
-        arrays: dict[str, Array] = {name: np.zeros(shape, self.config.kv_dtype) for name in self._caches()}
+        stored = np.uint16 if self.config.kv_dtype == "bfloat16" else np.dtype(self.config.kv_dtype)
+        arrays: dict[str, Array] = {name: np.zeros(shape, stored) for name in self._caches()}
         arrays["log_beta"] = np.zeros((slots, rows), np.float32)
         arrays["positions"] = np.zeros((rows, self.config.budget), np.int64)
         return arrays
@@ -178,6 +191,9 @@ class OnnxEngine(ArtefactEngine):
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.execution_order = self._ort.ExecutionOrder.PRIORITY_BASED
             options.enable_cpu_mem_arena = False
+            if self._manifest.dtype == "bfloat16":
+                # Those graphs turn matrices themselves, which ONNX Runtime would do ahead.
+                options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
         if role == "evict":
             # It runs once per buffer: its idle threads must not compete with the decoder's.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -187,7 +203,7 @@ class OnnxEngine(ArtefactEngine):
     def _narrow(self) -> bool:
         """Whether weights are narrower floats than what the processor multiplies, and stay so."""
         dtype, weights = self._manifest.dtype, self._manifest.bytes.weights
-        return dtype == "float16" and not held_as_float32(dtype, weights)
+        return dtype in ("float16", "bfloat16") and not held_as_float32(dtype, weights)
 
     def _providers(self, role: str) -> Sequence[Any]:
         """Where a graph runs, as onnxruntime takes it."""
@@ -197,7 +213,7 @@ class OnnxEngine(ArtefactEngine):
         found = {node.name: (node.shape, node.type) for node in session.get_inputs()}
         for name in names:
             array = self._arrays[name]
-            want = (list(array.shape), f"tensor({'float' if array.dtype == np.float32 else array.dtype})")
+            want = (list(array.shape), f"tensor({_TYPES.get(array.dtype.name, array.dtype.name)})")
             have = found.get(f"past.{name}")
             if have != want:
                 raise ArtefactError(
@@ -338,6 +354,8 @@ class OnnxEngine(ArtefactEngine):
         )
         if self._scales:
             key, value = from_int8(key, self._scales.key), from_int8(value, self._scales.value)
+        if self.config.kv_dtype == "bfloat16":
+            key, value = from_bfloat16(key), from_bfloat16(value)
         key, value = key.astype(np.float32, copy=False), value.astype(np.float32, copy=False)
         by_slot = self._arrays["log_beta"].reshape(-1, self.num_layers, self.num_kv_heads)
         return key, value, by_slot.transpose(1, 2, 0)
@@ -349,6 +367,8 @@ class OnnxEngine(ArtefactEngine):
         rows: tuple[Array, Array] = (key, value)
         if self._scales:
             rows = to_int8(key, self._scales.key), to_int8(value, self._scales.value)
+        elif self.config.kv_dtype == "bfloat16":
+            rows = to_bfloat16(key), to_bfloat16(value)
         for layer in range(self.num_layers):
             self._arrays[f"{layer}.key"][0][:, :live] = rows[0][layer]
             self._arrays[f"{layer}.value"][0][:, :live] = rows[1][layer]

@@ -28,6 +28,7 @@ DEVICES = ("cuda", "cpu")
 # Numbers of a step lie this many int64 apart: 256 bytes, as device allocations do.
 _APART = 32
 _GRAPH_IDS = counter(1)
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 class OnnxCudaEngine(OnnxEngine):
@@ -73,6 +74,10 @@ class OnnxCudaEngine(OnnxEngine):
     @property
     def _narrow(self) -> bool:
         return self._device == "cpu" and super()._narrow
+
+    def _check_floats(self) -> None:
+        if self._device == "cpu":
+            super()._check_floats()
 
     def _providers(self, role: str) -> Sequence[Any]:
         if self._device == "cpu":
@@ -155,7 +160,8 @@ class OnnxCudaEngine(OnnxEngine):
             if 0 <= offset < root.nbytes:
                 bind = binding.bind_output if output else binding.bind_input
                 address = self._value(root_name).data_ptr() + offset
-                bind(name, self._device, 0, array.dtype.type, array.shape, address)
+                kind = _BFLOAT16 if array.dtype == np.uint16 else array.dtype.type
+                bind(name, self._device, 0, kind, array.shape, address)
                 return
         raise AssertionError(f"{name} has no place on the device")
 
@@ -221,8 +227,8 @@ class OnnxCudaPooledEngine(OnnxCudaEngine, OnnxPooledEngine):
 
 def _check_cache(folder: Path, manifest: Manifest, target: Target) -> None:
     """CUDA has GroupQueryAttention for 16-bit floats alone."""
-    if target.ops == "gqa" and manifest.cache.kv_dtype != "float16":
+    if target.ops == "gqa" and manifest.cache.kv_dtype not in ("float16", "bfloat16"):
         raise ArtefactError(
             f"{folder} attends in float32 with operators that CUDA has for 16-bit floats only: export with --quant "
-            "fp16 or int4-fp16, or with --onnx-ops standard and --quant none"
+            "fp16, bf16 or int4-fp16, or with --onnx-ops standard and --quant none"
         )

@@ -193,8 +193,9 @@ def test_the_whole_export_says_float16(model: Path, tmp_path: Path) -> None:
         (dict(kv_dtype="int8"), "--quant fp16 keeps float16 keys and values, not int8: .* or use --quant none, int8"),
         (dict(quant="none", kv_dtype="float16"), "float32 or int8 keys and values, not float16: .* use --quant fp16"),
         (dict(quant="int4", kv_dtype="float16"), "--quant int4 keeps float32 or int8"),
-        (dict(kv_dtype="bfloat16"), "KV dtype 'bfloat16' is not known: use one of float32, float16, int8"),
-        (dict(quant="bf16"), "quantisation 'bf16' is not known; use one of none, fp16, int8, int4, 8da4w"),
+        (dict(kv_dtype="bfloat16"), "--quant fp16 keeps float16 keys and values, not bfloat16: .* use --quant bf16"),
+        (dict(kv_dtype="half"), "KV dtype 'half' is not known: use one of float32, float16, bfloat16, int8"),
+        (dict(quant="half"), "quantisation 'half' is not known; use one of none, fp16, bf16, int8, int4, 8da4w"),
         (dict(targets=("executorch",)), "executorch cannot run fp16 weights: .* or --target onnx"),
         (dict(targets=("executorch", "onnx")), "executorch cannot run fp16 weights"),
         (dict(ops=("standard",)), "standard keeps float32 keys and values only: use gqa, or leave out --quant fp16"),
@@ -218,7 +219,7 @@ def test_kv_dtype_may_be_named(model: Path, tmp_path: Path) -> None:
 def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     model = gated_model("qwen3-gqa")
     model.base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = 70000.0
-    with pytest.raises(ModelError, match=r"q_proj.weight holds 7e\+04, but float16 ends at 65504: use --quant none"):
+    with pytest.raises(ModelError, match=r"q_proj.weight holds 7e\+04, but float16 ends at 65504: use --quant bf16"):
         export_onnx(model, CONFIG, tmp_path, scheme=FP16)
     assert not list(tmp_path.iterdir())
 

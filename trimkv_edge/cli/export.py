@@ -146,8 +146,8 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--quant",
         default="none",
         metavar="SCHEME",
-        help="weights in fewer bits: int8, int4 (onnx), 8da4w (both targets; in onnx the same as int4), fp16 (onnx, "
-        "for GPUs: arithmetic and cache in float16 too) or none (default)",
+        help="weights in fewer bits: int8, int4 (onnx), 8da4w (both targets; in onnx the same as int4), fp16 or "
+        "bf16 (onnx and torch, for GPUs: arithmetic and cache in float16 or bfloat16 too) or none (default)",
     )
     add(
         "--embedding-bits",
@@ -159,7 +159,7 @@ def configure(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--kv-dtype",
         metavar="DTYPE",
         help="keys and values of the cache: float32 (default), int8 (onnx: a quarter of the bytes, and faster), or "
-        "float16, which is what --quant fp16 always has",
+        "float16 or bfloat16, which are what --quant fp16 and bf16 always have",
     )
     add(
         "--rope",
