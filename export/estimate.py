@@ -68,8 +68,8 @@ def _copies(targets: Sequence[str], scheme: Scheme, stored: int) -> float:
     """The weights in an engine, as a multiple of their file."""
     if held_as_float32(scheme.dtype, stored):
         return 3
-    # ONNX Runtime's blocks have a sum more than the file, whose pages leave; elsewhere both are there.
-    return 1.2 if tuple(targets) == ("onnx",) else 2
+    # Packed blocks have more than the file, whose pages leave; elsewhere both are there.
+    return 1.2 if set(targets) <= {"onnx", "executorch"} else 2
 
 
 def _peak(shape: ModelShape, opened: int, cache: int, largest: int, large: bool) -> int:

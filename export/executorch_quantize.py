@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,7 +112,9 @@ def _group(columns: int, bits: int) -> int:
 
 
 class Zeros:
-    """Tensors of one memory for each shape. Expanded ones will not do: ExecuTorch makes them contiguous one by one."""
+    """Tensors of one memory for each shape. Expanded ones will not do: ExecuTorch makes them contiguous one by one.
+
+    numpy's zeros take no memory until they are written, torch's do."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
@@ -119,7 +122,8 @@ class Zeros:
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of its own over the memory of all of this shape."""
         if (shape, dtype) not in self._made:
-            self._made[shape, dtype] = torch.zeros(shape, dtype=dtype)
+            kind = torch.zeros((), dtype=dtype).numpy().dtype
+            self._made[shape, dtype] = torch.from_numpy(np.zeros(shape, kind))
         return self._made[shape, dtype].detach()
 
 

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from trimkv_edge.errors import VerificationError
 from trimkv_edge.export.executorch_parts import PackedParts, part_name
 from trimkv_edge.export.executorch_quantize import Late
+from trimkv_edge.export.heap import trim
 
 
 class LateWeights:
@@ -65,6 +66,7 @@ class LateWeights:
                 for tensor in made:
                     tensor.data = tensor.data.new_empty(0)
                 self._parts.put(name, result, sum(self._late[module].bytes for module in modules))
+                trim()
             self._used |= modules
             if modules and self._progress:
                 self._progress(sum(self._late[module].bytes for module in self._used), self.total)

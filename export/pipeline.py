@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from trimkv_edge.export.caps import AUTO, calibrate_within, caps_from_file, chec
 from trimkv_edge.export.card import write_card
 from trimkv_edge.export.check_artefact import verify_targets
 from trimkv_edge.export.estimate import ExportCost, estimate
+from trimkv_edge.export.heap import give_back
 from trimkv_edge.export.kv_ranges import SAMPLE_TOKENS, measure_scales
 from trimkv_edge.export.quantization import check_kv_dtype, find_scheme
 from trimkv_edge.export.quantization.base import Scheme
@@ -335,7 +335,7 @@ def run_export(plan: ExportPlan, report: Report, progress: Callable[[int, int], 
                     sizes=() if plan.vision is None else plan.vision.sizes,
                 )
             )
-            gc.collect()  # graphs are cycles, and verification needs the room
+            give_back()
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=loaded.info,

@@ -8,13 +8,16 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from factories import gated_model
 from onnx_artefact import Artefact, make_manifest, spread_gates
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.export.onnx import export_onnx
+from trimkv_edge.export.onnx_bf16 import emulate_bfloat16
 from trimkv_edge.export.quantization import SCHEMES
+from trimkv_edge.runtime.engines.onnx import OnnxEngine
 
 CONFIG = CacheConfig(budget=12, buffer=4, prefill_chunk=4)
 POOLED = CacheConfig(22, 8, 8, "global", caps=((48, 16), (40, 24)))
@@ -38,3 +41,13 @@ def cuda_artefact(name: str) -> Artefact:
     model = spread_gates(gated_model("qwen3-gqa", "rg10"))
     target = export_onnx(model, config, folder, ops=ops, scheme=SCHEMES[scheme])
     return Artefact(folder, model, make_manifest(model, config, target), target)
+
+
+def emulated(artefact: Artefact, folder: Path, kind: type[OnnxEngine] = OnnxEngine, **more: Any) -> OnnxEngine:
+    """The graphs of a bfloat16 artefact that a CPU runs, in a copy of it."""
+    shutil.copytree(artefact.folder, folder, dirs_exist_ok=True)  # onnx reads no file of two names
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    target = emulate_bfloat16(folder, artefact.target, scratch)
+    cache = replace(artefact.manifest.cache, kv_dtype="float32")
+    return kind(folder, replace(artefact.manifest, cache=cache, **more), target, 1)

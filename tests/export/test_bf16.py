@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from cuda_artefact import cuda_artefact
+from cuda_artefact import cuda_artefact, emulated
 from export_request import request_for
 from factories import base_config, gated_model, random_tokens
 from onnx import TensorProto, helper, numpy_helper
@@ -22,7 +21,7 @@ from trimkv_edge.bfloat16 import from_bfloat16, to_bfloat16
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, VerificationError
 from trimkv_edge.export.onnx import export_onnx
-from trimkv_edge.export.onnx_bf16 import emulate_bfloat16, widen
+from trimkv_edge.export.onnx_bf16 import widen
 from trimkv_edge.export.pipeline import plan_export, run_export
 from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.quantization.base import Scheme
@@ -54,16 +53,6 @@ def rounded(model: GatedModel) -> GatedModel:
 
 def oracle(artefact: Artefact) -> EagerEngine:
     return EagerEngine(rounded(moved(artefact.model, "cpu")), artefact.manifest.cache)
-
-
-def emulated(artefact: Artefact, folder: Path, kind: type[OnnxEngine] = OnnxEngine, **more: Any) -> OnnxEngine:
-    """The graphs that a CPU runs, in a copy of the artefact."""
-    shutil.copytree(artefact.folder, folder, dirs_exist_ok=True)  # onnx reads no file of two names
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    target = emulate_bfloat16(folder, artefact.target, scratch)
-    cache = replace(artefact.manifest.cache, kv_dtype="float32")
-    return kind(folder, replace(artefact.manifest, cache=cache, **more), target, 1)
 
 
 def test_the_graphs_hold_bfloat16(artefact: Artefact) -> None:
@@ -265,7 +254,9 @@ def test_the_whole_export_says_bfloat16(tmp_path: Path, targets: tuple[str, ...]
     emulating = [line for line in lines if "every result rounded to bfloat16" in line]
     assert len(emulating) == (targets == ("onnx",))
     assert bool(target.speed) == (targets == ("torch",))
-    assert (tmp_path / "out" / "README.md").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ('session = Session.open(artefact, "onnx:cuda")' in card) == (targets == ("onnx",))
+    assert ("pip install 'trimkv-edge[onnx-gpu]'" in card) == (targets == ("onnx",))
 
 
 @pytest.mark.parametrize(
