@@ -28,6 +28,7 @@ _COMPILER = (30.0, 20.0)
 # Seconds for each million parameters to read, round and write, and to read and round for the reference.
 _PACK = 0.037
 _ROUND = 0.066
+_TO_HALF = 0.5  # of that where numbers are only made shorter
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], sch
         numbers = (
             _START.get(target, _COMPILER[0])
             + _LAYER.get(target, _COMPILER[1]) * shape.num_layers
-            + millions * (_PACK + _ROUND)
+            + millions * (_PACK + _ROUND) * (_TO_HALF if scheme.weight_bits == 16 else 1)
         )
         runs = 2 if target in scheme.dynamic and target == "onnx" else 1
         # Engines multiply integers of few bits faster than torch multiplies float32.
