@@ -182,10 +182,10 @@ def verify_targets(
                 del rounded
                 report("  as it is, against float32 activations")
             reference = job.reference(weights, tokens, Path(scratch))
-            emulated = spec.emulated is not None and scheme.dtype == "bfloat16"
-            if emulated and spec.emulated is not None:
+            emulate = spec.emulated if scheme.dtype == "bfloat16" else None
+            if emulate is not None:
                 report("  on this CPU, with float32 operators and every result rounded to bfloat16")
-                exact = spec.emulated(folder, target, Path(scratch))
+                exact = emulate(folder, target, Path(scratch))
                 result, artefact = job.with_float_cache().run(name, exact, reference, tokens, row)
                 parity = result.as_dict()
             elif name not in scheme.dynamic:
@@ -201,6 +201,6 @@ def verify_targets(
                     report("  as it is")
                 result, artefact = job.run(name, target, reference, tokens, "dynamic")
                 parity = {**(parity or result.as_dict()), "dynamic": result.as_dict()}
-        speed = {} if emulated or artefact.emulates else measure_speed(artefact)
+        speed = {} if emulate or artefact.emulates else measure_speed(artefact)
         targets[name] = replace(target, parity=parity, speed=speed)
     return replace(manifest, targets=targets)

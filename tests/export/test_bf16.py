@@ -14,11 +14,11 @@ import torch
 from cuda_artefact import cuda_artefact, emulated
 from export_request import request_for
 from factories import base_config, gated_model, random_tokens
+from faulty_onnx import KeepsTheNewest, ReadsAhead
 from onnx import TensorProto, helper, numpy_helper
 from onnx_artefact import Artefact, feed
 
 from trimkv_edge.bfloat16 import from_bfloat16, to_bfloat16
-from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, VerificationError
 from trimkv_edge.export.onnx import export_onnx
 from trimkv_edge.export.onnx_bf16 import widen
@@ -123,21 +123,6 @@ def test_large_models_are_widened_as_they_are_read(artefact: Artefact, tmp_path:
     for one, other in zip(*(feed(engine, tokens, [4, 1, 3]) for engine in (held, turned)), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-2)
     np.testing.assert_array_equal(held.survivors(), turned.survivors())
-
-
-class KeepsTheNewest(OnnxEngine):
-    """Evicts by age: right logits until the first event."""
-
-    def _evict(self, seen: int) -> None:
-        self._arrays["log_beta"].fill(-1.0)
-        super()._evict(seen)
-
-
-class ReadsAhead(OnnxEngine):
-    """Positions off by one."""
-
-    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
-        return super()._forward(ids, position + position // 20, live)
 
 
 @pytest.mark.parametrize(("faulty", "fault"), [(KeepsTheNewest, "survivors differ"), (ReadsAhead, "logits differ")])

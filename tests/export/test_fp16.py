@@ -12,12 +12,12 @@ import pytest
 import torch
 from export_request import request_for
 from factories import base_config, gated_model, random_tokens
+from faulty_onnx import KeepsTheNewest, ReadsAhead
 from onnx import TensorProto
 from onnx_artefact import Artefact, feed, make_manifest, same, spread_gates
 
 from trimkv_edge.budget import held_as_float32
 from trimkv_edge.config import CacheConfig
-from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import ArtefactError, ConfigError, ModelError, VerificationError
 from trimkv_edge.export.onnx import export_onnx
 from trimkv_edge.export.pipeline import ExportRequest, plan_export, run_export
@@ -132,21 +132,6 @@ def test_a_manifest_of_another_dtype_is_refused(artefact: Artefact) -> None:
     other = replace(artefact.manifest, cache=replace(CONFIG, kv_dtype="float32"))
     with pytest.raises(ArtefactError, match=r"past.0.key .*\(float16\).* but the manifest means .*\(float\)"):
         OnnxEngine(artefact.folder, other, artefact.target)
-
-
-class KeepsTheNewest(OnnxEngine):
-    """Evicts by age: right logits until the first event."""
-
-    def _evict(self, seen: int) -> None:
-        self._arrays["log_beta"].fill(-1.0)
-        super()._evict(seen)
-
-
-class ReadsAhead(OnnxEngine):
-    """Positions off by one."""
-
-    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
-        return super()._forward(ids, position + position // 20, live)
 
 
 def test_verification_still_finds_faults(artefact: Artefact) -> None:
