@@ -113,25 +113,30 @@ def _introduction(manifest: Manifest) -> list[str]:
     return lines
 
 
+def needed_engine(manifest: Manifest) -> str | None:
+    """What ``--engine`` has to say for the first target to run; None: it may be left out."""
+    # ONNX Runtime has bfloat16 for CUDA alone.
+    return "onnx:cuda" if next(iter(manifest.targets)) == "onnx" and manifest.dtype == "bfloat16" else None
+
+
 def _snippets(manifest: Manifest) -> list[str]:
     # An engine's extra has its name.
     lines = ["In the folder that holds this file (from the hub: `hf download OWNER/NAME --local-dir .`):", "", "```sh"]
     if not (runnable := [name for name in engines_of(manifest) if name in ENGINES]):
         compiled = ", ".join(f"`{name}`" for name in manifest.targets)
         return [f"Compiled for {compiled}. Nothing ran it so far; docs/npu.md of trimkv-edge says what its host does."]
-    on_cuda = runnable[0] == "onnx" and manifest.cache.kv_dtype == "bfloat16"  # ONNX Runtime has it for CUDA alone
-    engine = ("onnx-gpu", " --engine onnx:cuda", ', "onnx:cuda"') if on_cuda else (",".join(runnable), "", "")
-    lines.append(f"pip install 'trimkv-edge[{engine[0]}]'")
-    code = ['artefact = Artefact.load(".")', f"session = Session.open(artefact{engine[2]})"]
+    engine = needed_engine(manifest)
+    lines.append(f"pip install 'trimkv-edge[{'onnx-gpu' if engine else ','.join(runnable)}]'")
+    opened = f'artefact, "{engine}"' if engine else "artefact"
+    code = ['artefact = Artefact.load(".")', f"session = Session.open({opened})"]
     if manifest.tokenizer is None:
         lines.append("# there is no tokenizer here: give token ids, from Python")
         code += ["session.feed([1, 2, 3])  # any length", "print([piece.token for piece in session.generate(8)])"]
     else:
         chat = " --chat" if "chat_template.jinja" in manifest.files else ""
         picture = "" if manifest.vision is None else " --image picture.png"
-        lines.append(
-            f'trimkv-run .{engine[1]}{chat}{picture} --prompt "What is a gate?" --max-new-tokens 64 --stats text'
-        )
+        options = f"{f' --engine {engine}' if engine else ''}{chat}{picture}"
+        lines.append(f'trimkv-run .{options} --prompt "What is a gate?" --max-new-tokens 64 --stats text')
         code += [
             'session.feed(artefact.tokenizer.encode("Once upon a time"))  # any length, in any number of parts',
             f"for piece in session.generate(64, stop_ids={manifest.tokenizer.eos_token_ids}):",

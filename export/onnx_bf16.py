@@ -50,8 +50,7 @@ def emulate_bfloat16(folder: Path, target: Target, scratch: Path) -> Target:
 def widen(graph: GraphProto) -> None:
     """Turns a graph in place; see :func:`emulate_bfloat16`."""
     half = {tensor.name for tensor in graph.initializer if tensor.data_type == _HALF}
-    widened = {name: f"{name}.widened" for name in half}
-    nodes = [helper.make_node("Cast", [name], [wide], to=_FULL) for name, wide in widened.items()]
+    stored, widened, nodes = set(half), dict[str, str](), list[NodeProto]()
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == _HALF:
             value.type.tensor_type.elem_type = _FULL
@@ -64,6 +63,10 @@ def widen(graph: GraphProto) -> None:
         made = _makes_half(node, half)
         half |= made
         for index, name in enumerate(node.input):
+            if name in stored and name not in widened:
+                # Just ahead of its first reader: large models are run in this order, a matrix at a time.
+                widened[name] = f"{name}.widened"
+                nodes.append(helper.make_node("Cast", [name], [widened[name]], to=_FULL))
             node.input[index] = widened.get(name, name)
         nodes += [node, *_rounding(node, made)]
     del graph.node[:], graph.value_info[:]

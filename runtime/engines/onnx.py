@@ -192,8 +192,8 @@ class OnnxEngine(ArtefactEngine):
             options.execution_order = self._ort.ExecutionOrder.PRIORITY_BASED
             options.enable_cpu_mem_arena = False
             if self._manifest.dtype == "bfloat16":
-                # Those graphs turn matrices themselves, which ONNX Runtime would do ahead.
-                options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
+                # Those graphs turn matrices themselves: ONNX Runtime would do it ahead, or in another order.
+                options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if role == "evict":
             # It runs once per buffer: its idle threads must not compete with the decoder's.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -91,6 +91,16 @@ def test_the_stand_in_computes_what_the_numbers_mean(artefact: Artefact, tmp_pat
     assert report.survivor_mismatches <= 0.02 * report.survivors
 
 
+def test_weights_are_widened_just_ahead_of_their_readers(artefact: Artefact, tmp_path: Path) -> None:
+    emulated(artefact, tmp_path)
+    nodes = onnx.load(tmp_path / "scratch" / "decoder.onnx", load_external_data=False).graph.node
+    wide = [(at, node.output[0]) for at, node in enumerate(nodes) if node.output[0].endswith(".widened")]
+    assert len(wide) >= 2 * 7
+    for at, name in wide:
+        reader = next(place for place, node in enumerate(nodes) if name in node.input)
+        assert at < reader <= at + 3  # a reader may have three of them
+
+
 def test_every_result_is_rounded(artefact: Artefact, tmp_path: Path) -> None:
     engine = emulated(artefact, tmp_path)
     logits = feed(engine, random_tokens(30, seed=5), [4, 1])[-1]

@@ -367,6 +367,8 @@ def _agreement(parity: dict[str, Any]) -> str:
 
 def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[str]:
     """What was made, how well it agrees with eager, and how to run it."""
+    from trimkv_edge.export.card import needed_engine
+
     lines = [f"made      {output} in {seconds:.0f} s"]
     if manifest.cache.caps is not None:
         lines.append(f"cache     {format_bytes(manifest.bytes.cache)} with caps for {manifest.cache.budget} per head")
@@ -384,7 +386,8 @@ def describe_result(manifest: Manifest, output: Path, seconds: float) -> list[st
     if manifest.model.random_weights:
         lines.append("warning   random weights: good for shapes and speed, not for text")
     if manifest.tokenizer is not None and any(target.parity for target in manifest.targets.values()):
-        lines.append(f"run it    trimkv-run {output} --prompt-file README.md --max-new-tokens 64 --stats text")
+        chosen = f" --engine {engine}" if (engine := needed_engine(manifest)) else ""
+        lines.append(f"run it    trimkv-run {output}{chosen} --prompt-file README.md --max-new-tokens 64 --stats text")
     return lines
 
 
