@@ -86,7 +86,7 @@ def test_streaming_has_the_published_sinks_unless_told(model: Path, tmp_path: Pa
         (["--policy", "global", "--caps-target", "150%"], "target is 1.5"),
         (["--caps", "auto"], "--caps is for policies whose heads share a budget (global, layer), not for trimkv"),
         (["--min-per-head", "4"], "share a budget (global, layer), not for trimkv"),
-        (["--quant", "bf16"], "quantisation 'bf16' is not known; use one of none, fp16, int8, int4, 8da4w"),
+        (["--quant", "half"], "quantisation 'half' is not known; use one of none, fp16, bf16, int8, int4, 8da4w"),
         (["--quant", "fp16"], "executorch cannot run fp16 weights: use one of none, int8, 8da4w or --target onnx"),
         (["--quant", "fp16", "--target", "onnx", "--kv-dtype", "float32"], "--quant fp16 keeps float16 keys"),
         (["--kv-dtype", "float16"], "--quant none keeps float32 or int8 keys and values, not float16"),

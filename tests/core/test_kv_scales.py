@@ -52,7 +52,7 @@ def test_the_cache_holds_numbers_of_the_grid() -> None:
 
 
 def test_settings_that_cannot_be_honoured() -> None:
-    with pytest.raises(ConfigError, match=r"KV dtype 'int4' is not known: use one of float32, float16, int8"):
+    with pytest.raises(ConfigError, match=r"KV dtype 'int4' is not known: use one of float32, float16, bfloat16, int8"):
         CacheConfig(8, 4, 4, kv_dtype="int4")
     with pytest.raises(ConfigError, match="needs its scales"):
         StaticCache(CONFIG, 2, 3, 4)
