@@ -17,6 +17,8 @@ from trimkv_edge.export.verify import MIN_EVENTS
 _FLOAT = 4
 # torch, transformers, the exporter and the engine, with a graph of a few hundred nodes.
 _LIBRARIES = 900 * 2**20
+# What lowering to ExecuTorch leaves behind, for each layer.
+_LEFT = 20 * 2**20
 # A matrix while it is packed: as read, as float32, transposed, padded and packed.
 _PACKING = 2.2
 # Seconds on a core that adds up to a million in _REFERENCE_LOOP seconds: imports and small graphs, and by layer.
@@ -61,7 +63,8 @@ def estimate(
     large = is_large(shape.parameters, config)
     held = MIN_EVENTS * 2 * config.slots * shape.rows * shape.head_dim * _FLOAT if large else 0
     opened = int(_copies(targets, scheme, stored) * stored)
-    memory = _LIBRARIES + gates + _peak(shape, opened, cache, largest, large)
+    left = _LEFT * shape.num_layers if "executorch" in targets else 0
+    memory = _LIBRARIES + gates + left + _peak(shape, opened, cache, largest, large)
     return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme))
 
 
