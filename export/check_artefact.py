@@ -130,8 +130,9 @@ class _Check:
             show=None if self.sample is None else self.sample.show,
         )
         if self.loaded.info.random_weights and row in ("dynamic", "rounded", "float16", "bfloat16"):
-            # Random logits are nearly flat: rounding decides which one is the largest.
-            limit = tolerance.logits_abs if row in ("float16", "bfloat16") else 1.0
+            # Random logits are nearly flat: rounding decides which one is the largest. Random layers pass it on, the
+            # more of them the farther: Phi-3-mini's 32 in bfloat16 by 0.1 of the largest logit.
+            limit = {"float16": tolerance.logits_abs, "bfloat16": 4 * tolerance.logits_abs}.get(row, 1.0)
             tolerance = replace(tolerance, greedy_share=1.0, logits_abs=limit)
         if target.ops not in TARGETS[name].rounds:
             check(result, tolerance, f"the {name} artefact")
