@@ -31,6 +31,7 @@ from trimkv_edge.gpu.placement import moved
 from trimkv_edge.manifest import ByteInfo, load_manifest
 from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.runtime.engines.cuda_check import why_not
 from trimkv_edge.runtime.engines.onnx import OnnxEngine
 from trimkv_edge.runtime.engines.onnx_cuda import OnnxCudaEngine
 
@@ -210,6 +211,17 @@ def test_states_and_events_of_the_engine_for_cuda(artefact: Artefact) -> None:
         if not again:
             eager.evict()
             engine.evict()
+
+
+@pytest.mark.skipif(why_not(onnxruntime) is not None, reason="no CUDA here")
+def test_on_cuda_itself(artefact: Artefact, tmp_path: Path) -> None:
+    device = OnnxCudaEngine(artefact.folder, artefact.manifest, artefact.target, 1)
+    stand_in = emulated(artefact, tmp_path)
+    tokens = random_tokens(90, seed=3)
+    for start in range(0, 90, 10):
+        one, other = (feed(engine, tokens[start : start + 10], [4, 3, 1, 1, 2]) for engine in (stand_in, device))
+        assert np.abs(one[-1] - other[-1]).max() < 3e-2 * np.abs(one[-1]).max()
+        stand_in.load_state(device.state())
 
 
 def test_cpus_refuse(artefact: Artefact) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from cuda_artefact import CASES, CONFIG, POOLED, cuda_artefact, emulated
+from cuda_artefact import CASES, CONFIG, POOLED, cuda_artefact
 from factories import random_tokens
 from onnx_artefact import Artefact, check_another, feed, same
 from text_artefact import text_artefact
@@ -373,18 +373,6 @@ def test_on_cuda_itself(name: str) -> None:
         assert np.abs(one[-1] - other[-1]).max() < (1e-4 if name != "float16" else 4e-3 * np.abs(one[-1]).max())
         if name != "float16":
             np.testing.assert_array_equal(*(engine.survivors() for engine in engines))
-
-
-@pytest.mark.skipif(why_not(onnxruntime) is not None, reason="no CUDA here")
-def test_bfloat16_on_cuda_itself(tmp_path: Path) -> None:
-    artefact = cuda_artefact("bfloat16")
-    device = OnnxCudaEngine(artefact.folder, artefact.manifest, artefact.target, 1)
-    stand_in = emulated(artefact, tmp_path)
-    tokens = random_tokens(90, seed=3)
-    for start in range(0, 90, 10):
-        one, other = (feed(engine, tokens[start : start + 10], SIZES) for engine in (stand_in, device))
-        assert np.abs(one[-1] - other[-1]).max() < 3e-2 * np.abs(one[-1]).max()
-        stand_in.load_state(device.state())
 
 
 def test_sessions_that_use_the_cpu_are_refused() -> None:
