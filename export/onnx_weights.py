@@ -218,18 +218,14 @@ def round_trip(weight: Tensor, bits: int, dtype: str = "float32") -> Tensor:
     floats: torch.dtype = getattr(torch, dtype)
     if bits == 16:
         return weight.to(floats).float()
-    given, rounded = weight.numpy(), np.empty(tuple(weight.shape), np.float32)
-    for start in range(0, len(given), _ROWS):
-        part = given[start : start + _ROWS]
-        packed, scales = quantize(part, bits)
-        scales = torch.from_numpy(scales).to(floats).float().numpy()
-        values = packed.reshape(len(part), -1)
-        if bits == 4:
-            values = np.stack([values & 15, values >> 4], axis=-1).reshape(len(part), -1)
-        centred = values.astype(np.float32) - 2 ** (bits - 1)
-        full = centred.reshape(len(part), -1, BLOCK) * scales[:, :, None]
-        rounded[start : start + _ROWS] = full.reshape(len(part), -1)[:, : part.shape[1]]
-    return torch.from_numpy(rounded)
+    packed, scales = quantize(weight.numpy(), bits)
+    scales = torch.from_numpy(scales).to(floats).float().numpy()
+    values = packed.reshape(len(packed), -1)
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(len(packed), -1)
+    centred = values.astype(np.float32) - 2 ** (bits - 1)
+    full = centred.reshape(len(packed), -1, BLOCK) * scales[:, :, None]
+    return torch.from_numpy(full.reshape(len(packed), -1)[:, : weight.shape[1]])
 
 
 def quantize(weight: Array, bits: int) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from trimkv_edge.export.quantization.base import Scheme
@@ -13,8 +14,10 @@ from trimkv_edge.export.quantization.bits import module_bits, parameter_bits
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.skeleton import Weights, parameter_slots
 
+_ROWS = 4096
 Module = TypeVar("Module", bound=nn.Module)
 # A weight, its bits, the scheme's dtype -> what it is after rounding; 16 bits may be of any tensor, fewer of a matrix.
+# Rows are rounded each for itself.
 Rounding = Callable[[Tensor, int, str], Tensor]
 
 
@@ -48,14 +51,21 @@ class ReferenceWeights:
                     if id(module) not in rounded:
                         rounded[id(module)] = copy.copy(module)
                         rounded[id(module)]._parameters = dict(module._parameters)
-                    value = self._rounding(self._value(parameter), kept, self._dtype)
-                    rounded[id(module)]._parameters[own] = nn.Parameter(value, requires_grad=False)
+                    rounded[id(module)]._parameters[own] = self._rounded(parameter, kept)
                 elif id(parameter) not in plain:
                     plain[id(parameter)] = nn.Parameter(self._value(parameter), requires_grad=False)
         for module in rounded.values():
             for own, held in module._parameters.items():
                 module._parameters[own] = plain.get(id(held), held)
         return copy.deepcopy(part, {**rounded, **plain})
+
+    @torch.no_grad()
+    def _rounded(self, parameter: Tensor, bits: int) -> nn.Parameter:
+        """In place: copies of an output layer would be the most that an export ever holds."""
+        value = self._value(parameter)
+        for rows in value.split(_ROWS):
+            rows.copy_(self._rounding(rows, bits, self._dtype))
+        return nn.Parameter(value, requires_grad=False)
 
     def _value(self, parameter: Tensor) -> Tensor:
         return self._weights(self._names[id(parameter)])

@@ -17,10 +17,12 @@ from trimkv_edge.errors import ModelError
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.registry import family_of
 
-# Name of a parameter of a GatedModel -> its float32 values.
+# Name of a parameter of a GatedModel -> its float32 values, which the caller may change.
 Weights = Callable[[str], Tensor]
 _INDEX = "model.safetensors.index.json"
 _BASE = "base."
+# Elements that are read at once.
+_BLOCK = 2**24
 
 
 class WeightFiles:
@@ -61,10 +63,16 @@ class WeightFiles:
 
     def __call__(self, name: str) -> Tensor:
         """The tensor in float32."""
-        # Opened anew for each tensor: the pages of an open map would count as this process's memory.
-        with self._open(name) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor.float()
+        made = torch.empty(self.shape(name))
+        if not made.dim():
+            with self._open(name) as file:
+                return made.copy_(file.get_tensor(name))
+        rows = max(1, _BLOCK * len(made) // max(1, made.numel()))
+        for start in range(0, len(made), rows):
+            # Opened anew each time: the pages of an open map would count as this process's memory.
+            with self._open(name) as file:
+                made[start : start + rows] = file.get_slice(name)[start : start + rows]
+        return made
 
     def _open(self, name: str) -> Any:
         try:
@@ -122,18 +130,19 @@ def filled(model: GatedModel, weights: Weights) -> GatedModel:
 
 
 def model_weights(model: nn.Module) -> Weights:
-    """The weights that a model has in memory."""
-    return lambda name: model.get_parameter(name).detach().float()
+    """Copies of the weights that a model has in memory."""
+    return lambda name: model.get_parameter(name).detach().to(torch.float32, copy=True)
 
 
 def weights_of(files: WeightFiles, gates: nn.ModuleList) -> Weights:
     """Base weights from files, gates from memory."""
     marker = ".self_attn.retention_gate."
+    own = [model_weights(gate) for gate in gates]
 
     def load(name: str) -> Tensor:
         if marker not in name:
             return files(name.removeprefix(_BASE))
         place, parameter = name.split(marker)
-        return gates[int(place.rsplit(".", 1)[1])].get_parameter(parameter).detach().float()
+        return own[int(place.rsplit(".", 1)[1])](parameter)
 
     return load

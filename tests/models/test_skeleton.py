@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trimkv_edge.errors import ModelError
+from trimkv_edge.models import skeleton as skeleton_module
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.gates import GateShape, random_gates
-from trimkv_edge.models.skeleton import WeightFiles, filled, fits, skeleton, weights_of
+from trimkv_edge.models.skeleton import WeightFiles, filled, fits, model_weights, skeleton, weights_of
 
 KINDS = ("qwen3-gqa", "llama-gqa", "phi3-mha")
 
@@ -46,6 +47,27 @@ def test_filled_again_it_is_the_same_model(kind: str, shard: str, tied: bool, tm
     torch.testing.assert_close(real.base.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq, rtol=0, atol=0)
     assert real.gates[0].linear3.weight is real.gates[1].linear3.weight
     torch.testing.assert_close(real.gates[1].linear1.weight, gates[1].linear1.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 7, 35, 2**24])
+def test_a_tensor_is_read_in_pieces(block: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(skeleton_module, "_BLOCK", block)
+    shapes = {"matrix": (9, 7), "vector": (11,), "number": (), "cube": (3, 2, 5), "none": (0, 4)}
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    files = WeightFiles(tmp_path)
+    for name, want in tensors.items():
+        files(name).add_(1)  # the caller's own: neither the file nor what is read next changes
+        assert files(name).dtype == torch.float32
+        assert torch.equal(files(name), want.float())
+
+
+def test_weights_of_a_model_in_memory_are_copies(tmp_path: Path) -> None:
+    linear = torch.nn.Linear(3, 2)
+    before = linear.weight.detach().clone()
+    model_weights(linear)("weight").add_(1)
+    assert torch.equal(linear.weight, before)
 
 
 def test_other_names_or_shapes_do_not_fit(tmp_path: Path) -> None:
