@@ -32,7 +32,7 @@ CONFIG, GATES = "config.json", "gates.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class _FromArtefact(ArtefactEngine):
+class ArtefactWeights(ArtefactEngine):
     """What both kinds of engine do with an artefact.
 
     Args:
@@ -68,7 +68,7 @@ class _FromArtefact(ArtefactEngine):
         self.threads = torch.get_num_threads() if place.type == "cpu" else None
         with _readable(folder):
             model = self._load(place)
-        self._start(model, compiled)
+        self._start(self._rounded(model), compiled)
         self._profiler = _profiler(place) if profile else None
 
     def _load(self, device: torch.device) -> GatedModel:
@@ -84,6 +84,10 @@ class _FromArtefact(ArtefactEngine):
         else:
             gates, _ = load_gates(self._file("gates"), shape)
         return moved(GatedModel(base, gates), device, DTYPES[manifest.dtype], weights_of(files, gates))
+
+    def _rounded(self, model: GatedModel) -> GatedModel:
+        """The model to run; subclasses change its weights."""
+        return model
 
     @abstractmethod
     def _open(self, model: GatedModel, compiled: bool) -> None: ...
@@ -111,12 +115,12 @@ class _FromArtefact(ArtefactEngine):
         return sorted(found, key=lambda row: -row.seconds)
 
 
-class TorchArtefactEngine(DeviceEngine, _FromArtefact):
+class TorchArtefactEngine(DeviceEngine, ArtefactWeights):
     """Runs the ``torch`` target of an artefact on CUDA if torch can use it, else on the CPU; arguments and errors as
     for its base."""
 
 
-class TorchPooledArtefactEngine(DevicePooledEngine, _FromArtefact):
+class TorchPooledArtefactEngine(DevicePooledEngine, ArtefactWeights):
     """The same where heads share a budget."""
 
 

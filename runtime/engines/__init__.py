@@ -74,11 +74,17 @@ ENGINES = {
 
 
 class Variant(NamedTuple):
-    """An engine's target on another device: the engine, and the extra that installs what it needs."""
+    """An engine's target run in another way: the engine, and the extra that installs what it needs."""
 
     engine: str
     entry: EngineEntry
     extra: str
+
+
+def _rounded(kind: str) -> EngineEntry:
+    module = "trimkv_edge.gpu.rounded"
+    packages = (*ENGINES["torch"].packages, "torchao")
+    return EngineEntry(f"{module}:{kind}Engine", f"{module}:{kind}PooledEngine", packages)
 
 
 _CUDA = EngineEntry(
@@ -87,7 +93,12 @@ _CUDA = EngineEntry(
     ("onnxruntime",),
 )
 # Never chosen unless they are named. ``onnx:auto`` is ``onnx:cuda`` where that runs, else ``onnx``.
-VARIANTS = {"onnx:cuda": Variant("onnx", _CUDA, "onnx-gpu"), "onnx:auto": Variant("onnx", _CUDA, "onnx-gpu")}
+VARIANTS = {
+    "onnx:cuda": Variant("onnx", _CUDA, "onnx-gpu"),
+    "onnx:auto": Variant("onnx", _CUDA, "onnx-gpu"),
+    "torch:int8": Variant("torch", _rounded("Int8"), "torch"),
+    "torch:int4": Variant("torch", _rounded("Int4"), "torch"),
+}
 
 # Targets of engines that have another name.
 RUNS = {"qnn-emulator": "npu:hexagon"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -13,24 +12,22 @@ import numpy as np
 import pytest
 import torch
 from factories import base_model, gated_model, random_tokens
-from onnx_artefact import feed, make_manifest, spread_gates
+from onnx_artefact import feed, spread_gates
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch_artefact import save_torch_artefact
 from transformers import AutoModelForCausalLM
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ArtefactError, ConfigError
 from trimkv_edge.export.check_artefact import verify_targets
-from trimkv_edge.export.quantization import SCHEMES
 from trimkv_edge.export.targets import TARGETS
-from trimkv_edge.export.torch_weights import export_torch
 from trimkv_edge.export.verify import check, compare, load_tolerance, stream_plan
 from trimkv_edge.gpu.artefact import TorchArtefactEngine, TorchPooledArtefactEngine
-from trimkv_edge.manifest import Manifest, RopeInfo, describe_files
+from trimkv_edge.manifest import Manifest, RopeInfo
 from trimkv_edge.models.eager import EagerEngine, eager_engine
-from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.models.loading import LoadedModel
-from trimkv_edge.models.skeleton import hollow, model_weights
+from trimkv_edge.models.skeleton import model_weights
 from trimkv_edge.retention import NoGate
 from trimkv_edge.runtime.artefact import Artefact
 from trimkv_edge.runtime.engines import choose_engine, engine_class
@@ -38,26 +35,6 @@ from trimkv_edge.runtime.session import Session
 
 CONFIG = CacheConfig(budget=24, buffer=8, prefill_chunk=8)
 TOKENS = random_tokens(120, seed=6)
-
-
-def made(
-    folder: Path, model: GatedModel, scheme: str = "none", config: CacheConfig = CONFIG, shard: int = 0
-) -> Manifest:
-    """A whole artefact, from a hollow copy of the base as large models are; ``shard``: bytes of a file."""
-    empty = copy.deepcopy(model)
-    hollow(empty)
-    more = {"shard": shard} if shard else {}
-    target = export_torch(empty, folder, scheme=SCHEMES[scheme], weights=model_weights(model), **more)
-    manifest = make_manifest(model, config, target)
-    manifest = replace(
-        manifest,
-        targets={"torch": target},
-        files=describe_files(folder),
-        dtype=SCHEMES[scheme].dtype,
-        quantization=scheme,
-    )
-    manifest.save(folder)
-    return manifest
 
 
 def opened(
@@ -69,7 +46,7 @@ def opened(
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torch-artefact")
-    made(folder, spread_gates(gated_model("llama-gqa")), shard=40_000)
+    save_torch_artefact(folder, spread_gates(gated_model("llama-gqa")), shard=40_000)
     return folder
 
 
@@ -93,7 +70,7 @@ def test_transformers_loads_the_weights_as_any_model(artefact: Path) -> None:
 @pytest.mark.parametrize("case", ["qwen3-gqa", "phi3-partial-rotary"])
 def test_the_engine_follows_the_eager_model(tmp_path: Path, case: str, kind: str) -> None:
     model = spread_gates(gated_model(case, kind))
-    engine, eager = opened(tmp_path, made(tmp_path, model)), EagerEngine(model, CONFIG)
+    engine, eager = opened(tmp_path, save_torch_artefact(tmp_path, model)), EagerEngine(model, CONFIG)
     for got, want in zip(feed(engine, TOKENS, [8, 3, 1]), feed(eager, TOKENS, [8, 3, 1]), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
     np.testing.assert_array_equal(engine.survivors(), eager.survivors())
@@ -103,7 +80,7 @@ def test_the_engine_follows_the_eager_model(tmp_path: Path, case: str, kind: str
 def test_heads_that_share_a_budget_follow_the_eager_model(tmp_path: Path) -> None:
     config = CacheConfig(24, 8, 8, policy="global", caps=((30, 40), (24, 26)))
     model = spread_gates(gated_model("qwen3-gqa", "rg10"))
-    manifest = made(tmp_path, model, config=config)
+    manifest = save_torch_artefact(tmp_path, model, config=config)
     assert engine_class("torch", config) is TorchPooledArtefactEngine
     engine, eager = opened(tmp_path, manifest, TorchPooledArtefactEngine), eager_engine(model, config)
     for got, want in zip(feed(engine, TOKENS, [8, 3, 1]), feed(eager, TOKENS, [8, 3, 1]), strict=True):
@@ -117,7 +94,7 @@ def test_heads_that_share_a_budget_follow_the_eager_model(tmp_path: Path) -> Non
 @pytest.mark.parametrize("rope", ["short", "long"])
 def test_rotary_factors_are_those_of_the_manifest(tmp_path: Path, rope: str) -> None:
     model = gated_model("phi3-longrope", rope=rope)
-    manifest = replace(made(tmp_path, model), rope=RopeInfo(rope))
+    manifest = replace(save_torch_artefact(tmp_path, model), rope=RopeInfo(rope))
     got, want = (engine.prefill(TOKENS[:8]) for engine in (opened(tmp_path, manifest), EagerEngine(model, CONFIG)))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -127,7 +104,7 @@ def test_a_model_without_gates_has_no_gate_file(tmp_path: Path) -> None:
     model = gated_model("llama-gqa")
     for layer in model.base.model.layers:
         layer.self_attn.retention_gate = NoGate(2)
-    manifest = made(tmp_path, model, config=config)
+    manifest = save_torch_artefact(tmp_path, model, config=config)
     manifest = replace(manifest, gates=replace(manifest.gates, kind="none"))
     assert {path.name for path in (tmp_path / "torch").iterdir()} == {"config.json", "model.safetensors"}
     engine, eager = opened(tmp_path, manifest), EagerEngine(model, config)
@@ -139,7 +116,7 @@ def test_a_model_without_gates_has_no_gate_file(tmp_path: Path) -> None:
 def test_float16_is_stored_and_computed_with(tmp_path: Path) -> None:
     config = replace(CONFIG, kv_dtype="float16")
     model = spread_gates(gated_model("qwen3-gqa"))
-    manifest = made(tmp_path, model, "fp16", config)
+    manifest = save_torch_artefact(tmp_path, model, "fp16", config)
     with safe_open(tmp_path / "torch" / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
     with safe_open(tmp_path / "torch" / "gates.safetensors", "pt") as file:

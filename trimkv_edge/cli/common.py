@@ -59,8 +59,9 @@ def add_engine(parser: argparse.ArgumentParser, engine: str = "the engine") -> N
     add(
         "--engine",
         metavar="NAME",
-        help="onnx, onnx:cuda (fails without CUDA), onnx:auto (CUDA, else the CPU), executorch, torch or another "
-        "target of the artefact (default: its first that is installed)",
+        help="onnx, onnx:cuda (fails without CUDA), onnx:auto (CUDA, else the CPU), executorch, torch, torch:int8 or "
+        "torch:int4 (weights rounded while loading) or another target of the artefact (default: its first that is "
+        "installed)",
     )
     add("--threads", type=int, metavar="N", help=f"threads of {engine} (default: its own choice)")
     add("--no-verify", action="store_true", help="do not compare the files with their sha256: starts faster")
