@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
-from trimkv_edge.engine import FloatArray, IntArray
+from trimkv_edge.engine import IntArray
 from trimkv_edge.errors import PositionLimitError, StateError
+from trimkv_edge.eviction import policy_of
 from trimkv_edge.gpu.cache import BatchedCache
-from trimkv_edge.gpu.compiled import Graphs
+from trimkv_edge.gpu.compiled import Graphs, Steps
 from trimkv_edge.gpu.engine import DeviceEngine
 from trimkv_edge.gpu.placement import home
+from trimkv_edge.gpu.pool import DevicePool
+from trimkv_edge.gpu.pooled_engine import DevicePooledEngine, pooled_steps
 from trimkv_edge.gpu.sampling import DeviceSampler
 from trimkv_edge.models.gated import GatedModel
 from trimkv_edge.runtime.sampling import SamplingParams
@@ -26,35 +29,24 @@ class Stream(DeviceEngine):
     When it is driven alone, events of other streams that are due run too: nothing can happen to a full stream before.
     """
 
-    def __init__(self, batch: Batch, row: int, position_limit: int) -> None:
-        graphs = batch.graphs
-        super().__init__(graphs.cache.config, position_limit=position_limit, **graphs.model.sizes)
+    def __init__(self, batch: Batch, graphs: Graphs, row: int, position_limit: int) -> None:
+        super().__init__(batch.config, position_limit=position_limit, **graphs.model.sizes)
         self._join(graphs, row)
-        self._batch = batch
-
-    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
-        self._batch.evict()
-        return super()._forward(ids, position, live)
-
-    def settle(self) -> None:
-        """Lengths on the device as they are counted here, before a step of the whole batch."""
-        at = (self.seen, self.live)
-        self._go_to(*at)
-        self._at = at
-
-    def begin(self) -> None:
-        """A step begins, after which the lengths on the device are known only if it ends."""
-        self._at = None
-
-    def moved_on(self, count: int) -> None:
-        """Counts tokens that the whole batch's step has read."""
-        self.seen, self.live = self.seen + count, self.live + count
-        self._at = (self.seen, self.live)
+        self._before = batch.evict
 
     def evicted(self) -> None:
         """Counts an event that the whole batch's event has run."""
         self.live = self.config.budget
-        self._at = (self.seen, self.live)
+        self._counted(self.seen, self.live)
+
+
+class PooledStream(DevicePooledEngine):
+    """The same where heads share a budget; each stream has a pool of its own."""
+
+    def __init__(self, batch: Batch, graphs: Steps, pool: DevicePool, row: int, position_limit: int) -> None:
+        super().__init__(batch.config, position_limit=position_limit, **graphs.model.sizes)
+        self._join(graphs, pool, row)
+        self._before = batch.evict
 
 
 class Drawn:
@@ -102,12 +94,19 @@ class Batch:
         *,
         compiled: bool = True,
     ) -> None:
+        self.config = config
         self.device, dtype = home(model)
         shape = model.config
-        sizes = (shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim)
-        cache = BatchedCache(config, *sizes, size, dtype, self.device)
-        self.graphs = Graphs(model.eval(), cache, compiled)
-        self.streams = [Stream(self, row, position_limit) for row in range(size)]
+        sizes = (shape.num_hidden_layers, shape.num_key_value_heads, model.head_dim, size, dtype, self.device)
+        self.graphs: Steps
+        self.streams: Sequence[Stream | PooledStream]
+        if policy_of(config).pooled:
+            pool = DevicePool(config, *sizes)
+            self.graphs = steps = pooled_steps(model, pool, compiled)
+            self.streams = [PooledStream(self, steps, pool, row, position_limit) for row in range(size)]
+        else:
+            self.graphs = graphs = Graphs(model.eval(), BatchedCache(config, *sizes), compiled)
+            self.streams = [Stream(self, graphs, row, position_limit) for row in range(size)]
 
     def read(self, prompts: Mapping[int, Sequence[int]]) -> None:
         """Reads tokens into the streams named, a chunk of each at a time; ``graphs.logits`` then has what follows.
@@ -117,7 +116,7 @@ class Batch:
             PositionLimitError: a stream would pass its last position; nothing was read.
         """
         left = {row: self._checked(row, tokens) for row, tokens in prompts.items()}
-        chunk, size = self.graphs.cache.config.prefill_chunk, len(self.streams)
+        chunk, size = self.config.prefill_chunk, len(self.streams)
         while left:
             self.evict()
             tokens, count = np.zeros((size, chunk), np.int64), np.zeros(size, np.int64)
@@ -168,15 +167,21 @@ class Batch:
         return Drawn(drawn)
 
     def evict(self) -> None:
-        """The events of all streams that are due, in one launch; nothing if none is."""
+        """The events of all streams that are due; nothing if none is.
+
+        One launch for all, and none waits for the device; where heads share a budget, one for each stream that waits.
+        """
         due = [stream for stream in self.streams if stream.room == 0]
         for stream in self.streams:
             stream.settle()
-        if due:
-            torch.eq(self.graphs.cache.live, self.graphs.cache.config.slots, out=self.graphs.due)
+        if due and isinstance(self.graphs, Graphs):
+            torch.eq(self.graphs.cache.live, self.config.slots, out=self.graphs.due)
             self.graphs.evict()
-            for stream in due:
+        for stream in due:
+            if isinstance(stream, Stream):
                 stream.evicted()
+            else:
+                stream.evict()
 
     def _step(self, count: IntArray, run: Callable[[], None], fresh: bool = True) -> None:
         if fresh:

@@ -148,7 +148,7 @@ def check_config(config: CacheConfig) -> None:
     if policy.pooled or not policy.exports:
         able = ", ".join(name for name, other in POLICIES.items() if other.exports and not other.pooled)
         lacks = (
-            "has heads of different lengths, and a batch has none"
+            "has heads of different lengths, and this cache has none"
             if policy.pooled
             else "never evicts or looks at attention, and the torch engine does neither"
         )

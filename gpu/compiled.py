@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
+from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.errors import TrimKVError
 from trimkv_edge.gpu.backend import BatchedAttention
 from trimkv_edge.gpu.cache import BatchedCache
@@ -76,6 +78,18 @@ class Steps:
         chunk = token if longest == 1 else once(step, compiled, False)
         self.decode: Callable[[], None] = lambda: token(self.token, self.count, self.logits)
         self.prefill: Callable[[], None] = lambda: chunk(self.chunk, self.count, self.logits)
+
+    def run(self, row: int, ids: IntArray) -> FloatArray:
+        """Reads a token or a chunk of stream ``row`` alone and waits for its logits, ``[vocab_size]``."""
+        self.count.zero_()
+        self.count[row] = ids.size
+        if ids.size == 1:
+            self.token[row] = int(ids[0])
+            self.decode()
+        else:
+            self.chunk[row, -ids.size :] = torch.from_numpy(ids).to(self.chunk)
+            self.prefill()
+        return np.asarray(self.logits[row].cpu().numpy()).copy()
 
     def warm_up(self) -> None:
         """Compiles all graphs now, and records CUDA graphs. Streams stay as they are; each has a free slot."""

@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from abc import abstractmethod
+from collections.abc import Callable
 
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import Engine, FloatArray, IntArray
 from trimkv_edge.gpu.cache import BatchedCache
-from trimkv_edge.gpu.compiled import Graphs
+from trimkv_edge.gpu.compiled import Graphs, Steps
 from trimkv_edge.gpu.placement import home
 from trimkv_edge.models.gated import GatedModel
 
 
-class DeviceEngine(Engine):
-    """An engine over one stream of a batch. Subclasses call :meth:`_open`, or :meth:`_join` a batch that is there.
+class OnDevice(Engine):
+    """An engine over stream ``row`` of a batch on a device.
 
     Lengths live on the device and are counted there; a step waits for it only to hand out the logits.
     """
 
     name = "torch"
+    # What has to be done for the other streams before a step of this one.
+    _before: Callable[[], None] | None = None
+
+    def _run_on(self, graphs: Steps, row: int) -> None:
+        self.graphs, self._row = graphs, row
+        # Lengths on the device, as far as they are known here.
+        self._at: tuple[int, int] | None = (0, 0)
+
+    def warm_up(self) -> None:
+        """Compiles all graphs now, and records CUDA graphs; needs a free slot. The stream stays as it is."""
+        self.graphs.warm_up()
+
+    def settle(self) -> None:
+        """Lengths on the device as they are counted here: they differ only after a step that failed."""
+        at = (self.seen, self.live)
+        self._go_to(*at)
+        self._at = at
+
+    def begin(self) -> None:
+        """A step begins, after which the lengths on the device are known only if it ends."""
+        self._at = None
+
+    def moved_on(self, count: int) -> None:
+        """Counts tokens that a step of the whole batch has read."""
+        self.seen, self.live = self.seen + count, self.live + count
+        self._counted(self.seen, self.live)
+
+    def _go_to(self, seen: int, live: int) -> None:
+        if self._at != (seen, live):
+            self._place(seen, live)
+        self._at = None
+
+    def _counted(self, seen: int, live: int) -> None:
+        """The device has come to these lengths."""
+        self._at = (seen, live)
+
+    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
+        if self._before:
+            self._before()
+        self._go_to(position, live)
+        logits = self.graphs.run(self._row, ids)
+        self._counted(position + ids.size, live + ids.size)
+        return logits
+
+    @abstractmethod
+    def _place(self, seen: int, live: int) -> None:
+        """Sets the lengths on the device."""
+
+
+class DeviceEngine(OnDevice):
+    """A budget for each head. Subclasses call :meth:`_open`, or :meth:`_join` a batch that is there."""
+
+    graphs: Graphs
 
     def _open(self, model: GatedModel, compiled: bool) -> None:
         """A batch of one. ``model``: on its device, in its type."""
@@ -29,33 +82,11 @@ class DeviceEngine(Engine):
         self._join(Graphs(model.eval(), cache, compiled), 0)
 
     def _join(self, graphs: Graphs, row: int) -> None:
-        self.graphs, self.cache, self._row = graphs, graphs.cache, row
-        # Lengths on the device, as far as they are known here.
-        self._at: tuple[int, int] | None = (0, 0)
+        self._run_on(graphs, row)
+        self.cache = graphs.cache
 
-    def warm_up(self) -> None:
-        """Compiles all graphs now, and records CUDA graphs; needs a free slot. The stream stays as it is."""
-        self.graphs.warm_up()
-
-    def _go_to(self, seen: int, live: int) -> None:
-        """Lengths on the device as the caller counts them: they differ only after a step that failed."""
-        if self._at != (seen, live):
-            self.cache.place(seen, live, self._row)
-        self._at = None
-
-    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
-        graphs, count = self.graphs, int(ids.size)
-        self._go_to(position, live)
-        graphs.count.zero_()
-        graphs.count[self._row] = count
-        if count == 1:
-            graphs.token[self._row] = int(ids[0])
-            graphs.decode()
-        else:
-            graphs.chunk[self._row, -count:] = torch.from_numpy(ids).to(graphs.chunk)
-            graphs.prefill()
-        self._at = (position + count, live + count)
-        return np.asarray(graphs.logits[self._row].cpu().numpy()).copy()
+    def _place(self, seen: int, live: int) -> None:
+        self.cache.place(seen, live, self._row)
 
     def _evict(self, seen: int) -> None:
         self._go_to(seen, self.config.slots)

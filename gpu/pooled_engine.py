@@ -1,4 +1,4 @@
-"""The torch engine where heads share a budget: one stream over the pool, its steps compiled."""
+"""The torch engine where heads share a budget: one stream over its pool, its steps compiled."""
 
 from __future__ import annotations
 
@@ -9,74 +9,58 @@ from torch import Tensor
 from trimkv_edge.config import POSITION_LIMIT, CacheConfig
 from trimkv_edge.engine import FloatArray, IntArray
 from trimkv_edge.gpu.compiled import Steps
+from trimkv_edge.gpu.engine import OnDevice
 from trimkv_edge.gpu.placement import home
 from trimkv_edge.gpu.pool import DevicePool, PooledAttention
 from trimkv_edge.models.gated import GatedModel
+from trimkv_edge.pool import PooledCache
 from trimkv_edge.pooled_engine import PooledEngine
 
 
-class DevicePooledEngine(PooledEngine):
-    """As :class:`~trimkv_edge.gpu.engine.DeviceEngine`, over a pool."""
-
-    name = "torch"
+class DevicePooledEngine(OnDevice, PooledEngine):
+    """A budget that heads share. Subclasses call :meth:`_open`, or :meth:`_join` a batch that is there."""
 
     def _open(self, model: GatedModel, compiled: bool) -> None:
-        """``model``: on its device, in its type."""
+        """A batch of one. ``model``: on its device, in its type."""
         device, dtype = home(model)
         shape = (self.num_layers, self.num_kv_heads, self.head_dim)
-        self.pool = pool = DevicePool(self.config, *shape, dtype=dtype, device=device)
-        self.graphs = Steps(
-            model.eval(),
-            lambda count, length: PooledAttention(pool, count, length),
-            1,
-            self.config.prefill_chunk,
-            compiled,
-        )
-        self._at: tuple[int, int] | None = (0, 0)
+        pool = DevicePool(self.config, *shape, dtype=dtype, device=device)
+        self._join(pooled_steps(model, pool, compiled), pool, 0)
 
-    def warm_up(self) -> None:
-        """Compiles all graphs now, and records CUDA graphs; needs a free slot. The stream stays as it is."""
-        self.graphs.warm_up()
+    def _join(self, graphs: Steps, pool: DevicePool, row: int) -> None:
+        self._run_on(graphs, row)
+        self.pool = pool
 
-    def _go_to(self, seen: int, fill: int) -> None:
-        """Lengths on the device as the caller counts them: they differ only after a step that failed."""
-        if self._at != (seen, fill):
-            self.pool.cache.seen, self.pool.cache.fill = seen, fill
-            self.pool.sync()
-        self._at = None
+    @property
+    def _cache(self) -> PooledCache:
+        return self.pool.caches[self._row]
 
-    def _forward(self, ids: IntArray, position: int, live: int) -> FloatArray:
-        graphs, cache, count = self.graphs, self.pool.cache, int(ids.size)
-        self._go_to(position, live)
-        graphs.count.fill_(count)
-        if count == 1:
-            graphs.token.fill_(int(ids[0]))
-            graphs.decode()
-        else:
-            graphs.chunk[0, -count:] = torch.from_numpy(ids).to(graphs.chunk)
-            graphs.prefill()
-        cache.seen, cache.fill = position + count, live + count
-        self._at = (cache.seen, cache.fill)
-        return np.asarray(graphs.logits[0].cpu().numpy()).copy()
+    def _place(self, seen: int, live: int) -> None:
+        self._cache.seen, self._cache.fill = seen, live
+        self.pool.sync(self._row)
+
+    def _counted(self, seen: int, live: int) -> None:
+        super()._counted(seen, live)
+        self._cache.seen, self._cache.fill = seen, live
 
     @torch.no_grad()
     def _evict(self, seen: int) -> None:
         self._go_to(seen, self.live)
-        self.pool.cache.evict()
-        self.pool.sync()
+        self._cache.evict()
+        self.pool.sync(self._row)
         self._at = (seen, 0)
 
     def _reset(self) -> None:
-        self.pool.cache.reset()
-        self.pool.sync()
+        self._cache.reset()
+        self.pool.sync(self._row)
         self._at = (0, 0)
 
     def _lengths(self) -> IntArray:
-        return np.asarray(self.pool.cache.kept[0].cpu().numpy()).copy()
+        return np.asarray(self._cache.kept[0].cpu().numpy()).copy()
 
     def _table(self, pool: Tensor, width: int) -> Tensor:
         """Each head's first ``width`` slots, ``[layers, kv_heads, width, ...]``, on the host."""
-        return pool[self.pool.cache.places(width)[0]].cpu()
+        return pool[self.pool.places(self._row, width)].cpu()
 
     def _kept_positions(self) -> IntArray:
         return np.asarray(self._table(self.pool.positions, int(self.kept.max())).numpy())
@@ -92,13 +76,13 @@ class DevicePooledEngine(PooledEngine):
         self, key: FloatArray, value: FloatArray, log_beta: FloatArray, kept: IntArray, seen: int, live: int
     ) -> None:
         pool, width = self.pool, key.shape[2]
-        pool.cache.place(torch.from_numpy(self.kept).to(pool.start.device).unsqueeze(0), seen, live)
+        self._cache.place(torch.from_numpy(self.kept).to(pool.start.device).unsqueeze(0), seen, live)
         inside = torch.from_numpy(np.arange(width) < self.kept[..., None] + live).to(pool.start.device)
-        places = pool.cache.places(width)[0][inside]
+        places = pool.places(self._row, width)[inside]
         tables = ((pool.key, key), (pool.value, value), (pool.log_beta, log_beta), (pool.positions, kept))
         for table, rows in tables:
             table[places] = torch.from_numpy(np.ascontiguousarray(rows)).to(table)[inside]
-        pool.sync()
+        pool.sync(self._row)
         self._at = (seen, live)
 
 
@@ -111,3 +95,14 @@ class CompiledPooledEngine(DevicePooledEngine):
     ) -> None:
         super().__init__(config, position_limit=position_limit, **model.sizes)
         self._open(model, compiled)
+
+
+def pooled_steps(model: GatedModel, pool: DevicePool, compiled: bool) -> Steps:
+    """The graphs of a model over the streams of a pool; an event is the core's own, for a stream at a time."""
+    return Steps(
+        model.eval(),
+        lambda count, length: PooledAttention(pool, count, length),
+        len(pool.caches),
+        pool.config.prefill_chunk,
+        compiled,
+    )

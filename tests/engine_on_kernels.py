@@ -43,15 +43,15 @@ def course(engine: Any, reference: Any, events: int) -> None:
         np.testing.assert_array_equal(engine.survivors(), reference.survivors())
 
 
-def batch(device: str, compiled: bool) -> None:
+def batch(config: CacheConfig, gates: str, device: str, compiled: bool) -> None:
     """Streams of different lengths, each as it is alone."""
-    model = gated_model("qwen3-gqa")
-    together = Batch(moved(model, device), HEADS, 3, compiled=compiled)
+    model = gated_model("qwen3-gqa", gates)
+    together = Batch(moved(model, device), config, 3, compiled=compiled)
     prompts = {row: random_tokens(length, seed=row) for row, length in enumerate((4, 37, 23))}
     together.read(prompts)
     drawn = together.decode(9).tokens()
     for row, prompt in prompts.items():
-        alone, logits, said = eager_engine(model, HEADS), np.zeros(1), []
+        alone, logits, said = eager_engine(model, config), np.zeros(1), []
         for step in range(len(prompt) + 9):
             if alone.room == 0:
                 alone.evict()
@@ -73,8 +73,8 @@ def main(place: str) -> None:
             engine.warm_up()
         course(engine, eager_engine(model, config), 6)
         print(config.policy, "agrees")
-    batch(place if on_cuda else "cpu", on_cuda)
-    print("batch agrees")
+        batch(config, gates, place if on_cuda else "cpu", on_cuda)
+        print(config.policy, "agrees in a batch")
 
 
 if __name__ == "__main__":

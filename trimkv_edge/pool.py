@@ -5,6 +5,8 @@ One pool holds N = budget x layers x KV heads kept entries and a ring of B new o
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,14 @@ class PooledCache:
         self.seen = self.fill = 0
         self.kept.zero_()
         self._lay_out()
+
+    def stream(self, row: int) -> PooledCache:
+        """An empty cache of one stream, in the memory of this one's stream ``row``."""
+        made = copy.copy(self)
+        for name in ("key", "value", "log_beta", "positions", "kept"):
+            setattr(made, name, getattr(self, name)[row : row + 1])
+        made.reset()
+        return made
 
     def _lay_out(self) -> None:
         sizes = self.kept.flatten(1) + self.config.buffer

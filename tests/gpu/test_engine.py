@@ -226,7 +226,7 @@ def test_the_contract_of_engines_holds() -> None:
     [
         (
             CacheConfig(16, 8, 8, policy="global"),
-            "global has heads of different lengths, and a batch has none: use one of trimkv, ",
+            "global has heads of different lengths, and this cache has none: use one of trimkv, ",
         ),
         (CacheConfig(16, 8, 8, policy="h2o"), "h2o never evicts or looks at attention"),
         (CacheConfig(16, 8, 8, policy="full"), "full never evicts"),

@@ -1,0 +1,181 @@
+"""Each stream of a batch whose heads share a budget is what the same stream is alone, in a pool of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from factories import gated_model, random_tokens
+from torch._dynamo.utils import counters
+
+from trimkv_edge.config import CacheConfig
+from trimkv_edge.errors import ConfigError, StateError
+from trimkv_edge.gpu.batch import Batch
+from trimkv_edge.models.eager import eager_engine
+from trimkv_edge.pooled_engine import PooledEngine
+
+CONFIG = CacheConfig(budget=17, buffer=6, prefill_chunk=5, policy="global")
+LENGTHS = (9, 61, 23)
+SETTINGS = [
+    CacheConfig(17, 6, 5, policy="layer"),
+    CacheConfig(17, 6, 5, policy="global", caps=((20, 30), (17, 23)), sinks=2),
+    CacheConfig(5, 9, 1, policy="global"),
+]
+
+
+class Alone:
+    """A stream in the eager engine: reads, and continues with the best token."""
+
+    def __init__(self, config: CacheConfig = CONFIG) -> None:
+        engine = eager_engine(gated_model("qwen3-gqa", "rg10"), config)
+        assert isinstance(engine, PooledEngine)
+        self.engine, self.logits = engine, np.zeros(0, np.float32)
+
+    def settle(self) -> None:
+        if self.engine.room == 0:
+            self.engine.evict()
+
+    def read(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self.settle()
+            self.logits = self.engine.decode(token)
+
+    def decode(self, steps: int) -> list[int]:
+        drawn = []
+        for _ in range(steps):
+            drawn.append(int(self.logits.argmax()))
+            self.read(drawn[-1:])
+        return drawn
+
+
+def compare(batch: Batch, alone: list[Alone]) -> None:
+    """After the events that are due: a batch may run one earlier than the stream would have to."""
+    batch.evict()
+    for row, (stream, other) in enumerate(zip(batch.streams, alone, strict=True)):
+        other.settle()
+        assert (stream.seen, stream.live) == (other.engine.seen, other.engine.live)
+        np.testing.assert_array_equal(stream.survivors(), other.engine.survivors())
+        got, want = stream.state(), other.engine.state()
+        np.testing.assert_array_equal(got.lengths, want.lengths)
+        for name in ("key", "value", "log_beta"):
+            np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=5e-5, err_msg=f"{name} of {row}")
+        if other.engine.seen:
+            np.testing.assert_allclose(batch.graphs.logits[row].numpy(), other.logits, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Batch]:
+    torch._dynamo.reset()
+    counters.clear()
+    batch = Batch(gated_model("qwen3-gqa", "rg10"), CONFIG, 3)
+    batch.graphs.warm_up()
+    yield batch
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def batch(compiled: Batch) -> Batch:
+    for stream in compiled.streams:
+        stream.reset()
+    return compiled
+
+
+def same_course(batch: Batch, alone: list[Alone], rounds: tuple[int, ...]) -> None:
+    prompts = {row: random_tokens(length, seed=row) for row, length in enumerate(LENGTHS)}
+    batch.read(prompts)
+    for row, tokens in prompts.items():
+        alone[row].read(tokens)
+    compare(batch, alone)
+    for steps in rounds:
+        np.testing.assert_array_equal(batch.decode(steps).tokens(), [stream.decode(steps) for stream in alone])
+        compare(batch, alone)
+
+
+def test_compiled_streams_of_different_lengths_are_what_they_are_alone(batch: Batch) -> None:
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 2
+    alone = [Alone() for _ in LENGTHS]
+    same_course(batch, alone, (1, 40, 13))
+    assert len({stream.engine.live for stream in alone}) == 3  # so events fall on different steps
+    kept = np.stack([stream.kept for stream in batch.streams])
+    assert len({tuple(row.flatten()) for row in kept}) == 3  # and heads have other lengths in each
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+def test_settings_follow_each_stream(config: CacheConfig) -> None:
+    batch = Batch(gated_model("qwen3-gqa", "rg10"), config, len(LENGTHS), compiled=False)
+    for stream in batch.streams:
+        for table in (stream.pool.key, stream.pool.value, stream.pool.log_beta):
+            table.fill_(float("nan"))  # what no stream has written must not matter
+    same_course(batch, [Alone(config) for _ in LENGTHS], (30,))
+
+
+def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
+    alone = [Alone() for _ in LENGTHS]
+    batch.read({0: random_tokens(40)})
+    batch.read({2: random_tokens(23)})
+    alone[0].read(random_tokens(40))
+    alone[2].read(random_tokens(23))
+    assert batch.streams[2].room == 0  # it waits with a full ring; stream 1 is empty
+    np.testing.assert_array_equal(batch.decode(30, rows=[0]).tokens()[0], alone[0].decode(30))
+    batch.read({1: random_tokens(33, seed=4)})
+    alone[1].read(random_tokens(33, seed=4))
+    np.testing.assert_array_equal(batch.decode(9, rows=[1, 2]).tokens()[1:], [row.decode(9) for row in alone[1:]])
+    compare(batch, alone)
+    batch.streams[0].reset()
+    alone[0] = Alone()
+    batch.read({0: random_tokens(5, seed=8)})
+    alone[0].read(random_tokens(5, seed=8))
+    np.testing.assert_array_equal(batch.decode(11).tokens(), [row.decode(11) for row in alone])
+
+
+def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
+    reference, other = Alone(), Alone()
+    reference.read(random_tokens(50))
+    batch.read({1: random_tokens(30, seed=2)})
+    batch.read({0: random_tokens(23, seed=1)})
+    assert batch.streams[0].room == 0
+    other.read(random_tokens(30, seed=2))
+    stream = batch.streams[2]
+    stream.load_state(reference.engine.state())
+    for token in random_tokens(30, seed=3):
+        if stream.room == 0:
+            stream.evict()
+        reference.read([token])
+        np.testing.assert_allclose(stream.decode(token), reference.logits, atol=1e-4)
+    np.testing.assert_array_equal(stream.survivors(), reference.engine.survivors())
+    np.testing.assert_array_equal(batch.decode(20, rows=[1]).tokens()[1], other.decode(20))
+
+
+def test_a_step_that_failed_is_repeated_as_if_nothing_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(gated_model("qwen3-gqa", "rg10"), CONFIG, len(LENGTHS), compiled=False)
+    alone = [Alone() for _ in LENGTHS]
+    same_course(batch, alone, (8,))
+
+    def fails() -> None:
+        run()
+        raise RuntimeError("out of memory")
+
+    run = batch.graphs.decode
+    monkeypatch.setattr(batch.graphs, "decode", fails)
+    before = batch.graphs.logits.clone()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        batch.decode(1)
+    monkeypatch.undo()
+    batch.graphs.logits.copy_(before)
+    np.testing.assert_array_equal(batch.decode(15).tokens(), [stream.decode(15) for stream in alone])
+    compare(batch, alone)
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    model = gated_model("qwen3-gqa", "rg10")
+    with pytest.raises(ConfigError, match="batch is 0, but must be at least 1"):
+        Batch(model, CONFIG, 0, compiled=False)
+    with pytest.raises(ConfigError, match="the caps are for 1 layers"):
+        Batch(model, CacheConfig(17, 6, 5, policy="global", caps=((20, 30),)), 2, compiled=False)
+    batch = Batch(model, CONFIG, 2, compiled=False)
+    with pytest.raises(StateError, match="eviction runs when the ring is full"):
+        batch.streams[1].evict()
