@@ -17,20 +17,18 @@ from trimkv_edge.export.verify import MIN_EVENTS
 _FLOAT = 4
 # torch, transformers, the exporter and the engine, with a graph of a few hundred nodes.
 _LIBRARIES = 900 * 2**20
-# What lowering to ExecuTorch leaves behind, for each layer.
-_LEFT = 20 * 2**20
 # A matrix while it is packed: as read, as float32, transposed, padded and packed.
 _PACKING = 2.2
 # Seconds on a core that adds up to a million in _REFERENCE_LOOP seconds: imports and small graphs, and by layer.
 _REFERENCE_LOOP = 0.045
 _START = {"onnx": 25.0, "executorch": 25.0, "host-evicted": 25.0, "torch": 25.0}
-_LAYER = {"onnx": 2.9, "executorch": 19.0, "host-evicted": 5.5, "torch": 1.0}
+_LAYER = {"onnx": 2.9, "executorch": 17.5, "host-evicted": 5.5, "torch": 1.0}
 # Compilers for devices; those of Arm, the slowest.
 _COMPILER = (30.0, 20.0)
 # Seconds for each million parameters to read, round and write, and to read and round for the reference.
 _PACK = 0.037
-_ROUND = 0.066
-_TO_HALF = 0.5  # of that where numbers are only made shorter
+_ROUND = {"onnx": 0.066, "executorch": 0.02}
+_FLOATS = 0.5  # of that where numbers are only made shorter, or stay as they are
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,7 @@ def estimate(
     large = is_large(shape.parameters, config)
     held = MIN_EVENTS * 2 * config.slots * shape.rows * shape.head_dim * _FLOAT if large else 0
     opened = int(_copies(targets, scheme, stored) * stored)
-    left = _LEFT * shape.num_layers if "executorch" in targets else 0
-    memory = _LIBRARIES + gates + left + _peak(shape, opened, cache, largest, large)
+    memory = _LIBRARIES + gates + _peak(shape, opened, cache, largest, large)
     return ExportCost(memory, stored * len(targets) + held, _seconds(shape, config, targets, scheme))
 
 
@@ -72,8 +69,10 @@ def _copies(targets: Sequence[str], scheme: Scheme, stored: int) -> float:
     """The weights in an engine, as a multiple of their file."""
     if held_as_float32(scheme.dtype, stored):
         return 3
-    # Packed blocks have more than the file, whose pages leave; elsewhere both are there.
-    return 1.2 if set(targets) <= {"onnx", "executorch"} else 2
+    if not set(targets) <= {"onnx", "executorch"}:
+        return 2  # the mapped file is there too
+    # Packed blocks have more than the file, whose pages leave.
+    return 1.2 if scheme.weight_bits < 16 else 1
 
 
 def _peak(shape: ModelShape, opened: int, cache: int, largest: int, large: bool) -> int:
@@ -97,7 +96,7 @@ def _seconds(shape: ModelShape, config: CacheConfig, targets: Sequence[str], sch
         numbers = (
             _START.get(target, _COMPILER[0])
             + _LAYER.get(target, _COMPILER[1]) * shape.num_layers
-            + millions * (_PACK + _ROUND) * (_TO_HALF if scheme.weight_bits == 16 else 1)
+            + millions * (_PACK + _ROUND.get(target, _ROUND["onnx"])) * (_FLOATS if scheme.weight_bits >= 16 else 1)
         )
         runs = 2 if target in scheme.dynamic and target == "onnx" else 1
         # Engines multiply integers of few bits faster than torch multiplies float32.
