@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from factories import gated_model, random_tokens
+from lone_stream import Alone, compare
 from torch._dynamo.utils import counters
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, PositionLimitError, StateError
 from trimkv_edge.gpu.batch import Batch
 from trimkv_edge.gpu.sampling import DeviceSampler
-from trimkv_edge.models.eager import EagerEngine
 from trimkv_edge.runtime.sampling import SamplingParams
 
 CONFIG = CacheConfig(budget=15, buffer=7, prefill_chunk=6, sinks=1)
@@ -38,47 +38,14 @@ def batch(compiled: Batch) -> Batch:
     return compiled
 
 
-class Alone:
-    """A stream in the eager engine: reads, and continues with the best token."""
-
-    def __init__(self, config: CacheConfig = CONFIG) -> None:
-        self.engine = EagerEngine(gated_model("llama-gqa"), config)
-        self.logits = np.zeros(0, np.float32)
-
-    def read(self, tokens: list[int]) -> None:
-        for token in tokens:
-            if self.engine.room == 0:
-                self.engine.evict()
-            self.logits = self.engine.decode(token)
-
-    def decode(self, steps: int) -> list[int]:
-        drawn = []
-        for _ in range(steps):
-            drawn.append(int(self.logits.argmax()))
-            self.read(drawn[-1:])
-        return drawn
-
-
-def compare(batch: Batch, alone: list[Alone]) -> None:
-    """After the events that are due: a batch may run one earlier than the stream would have to."""
-    batch.evict()
-    for other in alone:
-        if other.engine.room == 0:
-            other.engine.evict()
-    for row, (stream, other) in enumerate(zip(batch.streams, alone, strict=True)):
-        assert stream.seen == other.engine.seen
-        np.testing.assert_array_equal(stream.survivors(), other.engine.survivors())
-        got, want = stream.state(), other.engine.state()
-        for name in ("key", "value", "log_beta"):
-            np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=5e-5, err_msg=f"{name} of {row}")
-        if other.engine.seen:
-            np.testing.assert_allclose(batch.graphs.logits[row].numpy(), other.logits, atol=1e-4)
+def alone_like(config: CacheConfig = CONFIG) -> Alone:
+    return Alone(gated_model("llama-gqa"), config)
 
 
 def test_streams_of_different_lengths_are_what_they_are_alone(batch: Batch) -> None:
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 3
-    alone = [Alone() for _ in LENGTHS]
+    alone = [alone_like() for _ in LENGTHS]
     prompts = {row: random_tokens(length, seed=row) for row, length in enumerate(LENGTHS)}
     batch.read(prompts)
     for row, tokens in prompts.items():
@@ -95,7 +62,7 @@ def test_streams_of_different_lengths_are_what_they_are_alone(batch: Batch) -> N
 
 
 def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
-    alone = [Alone() for _ in LENGTHS]
+    alone = [alone_like() for _ in LENGTHS]
     batch.read({0: random_tokens(40), 2: random_tokens(22)})
     alone[0].read(random_tokens(40))
     alone[2].read(random_tokens(22))
@@ -106,17 +73,17 @@ def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
     np.testing.assert_array_equal(batch.decode(9, rows=[1, 2]).tokens()[1:], [row.decode(9) for row in alone[1:]])
     compare(batch, alone)
     batch.streams[0].reset()
-    alone[0] = Alone()
+    alone[0] = alone_like()
     batch.read({0: random_tokens(5, seed=8)})
     alone[0].read(random_tokens(5, seed=8))
     np.testing.assert_array_equal(batch.decode(11).tokens(), [row.decode(11) for row in alone])
 
 
 def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
-    reference = Alone()
+    reference = alone_like()
     reference.read(random_tokens(50))
     batch.read({0: random_tokens(22, seed=1), 1: random_tokens(30, seed=2)})
-    other = Alone()
+    other = alone_like()
     other.read(random_tokens(30, seed=2))
     batch.streams[2].load_state(reference.engine.state())
     for token in random_tokens(30, seed=3):  # stream 0 was full
@@ -136,7 +103,7 @@ def _after(stream: Alone, token: int) -> np.ndarray:
 def test_a_policy_without_a_kernel_follows_each_stream() -> None:
     config = CacheConfig(15, 7, 6, policy="random")
     batch = Batch(gated_model("llama-gqa"), config, 2, compiled=False)
-    alone = [Alone(config), Alone(config)]
+    alone = [alone_like(config), alone_like(config)]
     batch.read({0: random_tokens(31), 1: random_tokens(44)})
     alone[0].read(random_tokens(31))
     alone[1].read(random_tokens(44))

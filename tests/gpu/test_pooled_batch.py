@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from factories import gated_model, random_tokens
+from lone_stream import Alone, compare
 from torch._dynamo.utils import counters
 
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError, StateError
 from trimkv_edge.gpu.batch import Batch
-from trimkv_edge.models.eager import eager_engine
-from trimkv_edge.pooled_engine import PooledEngine
 
 CONFIG = CacheConfig(budget=17, buffer=6, prefill_chunk=5, policy="global")
 LENGTHS = (9, 61, 23)
@@ -25,44 +24,8 @@ SETTINGS = [
 ]
 
 
-class Alone:
-    """A stream in the eager engine: reads, and continues with the best token."""
-
-    def __init__(self, config: CacheConfig = CONFIG) -> None:
-        engine = eager_engine(gated_model("qwen3-gqa", "rg10"), config)
-        assert isinstance(engine, PooledEngine)
-        self.engine, self.logits = engine, np.zeros(0, np.float32)
-
-    def settle(self) -> None:
-        if self.engine.room == 0:
-            self.engine.evict()
-
-    def read(self, tokens: list[int]) -> None:
-        for token in tokens:
-            self.settle()
-            self.logits = self.engine.decode(token)
-
-    def decode(self, steps: int) -> list[int]:
-        drawn = []
-        for _ in range(steps):
-            drawn.append(int(self.logits.argmax()))
-            self.read(drawn[-1:])
-        return drawn
-
-
-def compare(batch: Batch, alone: list[Alone]) -> None:
-    """After the events that are due: a batch may run one earlier than the stream would have to."""
-    batch.evict()
-    for row, (stream, other) in enumerate(zip(batch.streams, alone, strict=True)):
-        other.settle()
-        assert (stream.seen, stream.live) == (other.engine.seen, other.engine.live)
-        np.testing.assert_array_equal(stream.survivors(), other.engine.survivors())
-        got, want = stream.state(), other.engine.state()
-        np.testing.assert_array_equal(got.lengths, want.lengths)
-        for name in ("key", "value", "log_beta"):
-            np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=5e-5, err_msg=f"{name} of {row}")
-        if other.engine.seen:
-            np.testing.assert_allclose(batch.graphs.logits[row].numpy(), other.logits, atol=1e-4)
+def alone_like(config: CacheConfig = CONFIG) -> Alone:
+    return Alone(gated_model("qwen3-gqa", "rg10"), config)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +59,7 @@ def same_course(batch: Batch, alone: list[Alone], rounds: tuple[int, ...]) -> No
 def test_compiled_streams_of_different_lengths_are_what_they_are_alone(batch: Batch) -> None:
     graphs = counters["stats"]["unique_graphs"]
     assert graphs == 2
-    alone = [Alone() for _ in LENGTHS]
+    alone = [alone_like() for _ in LENGTHS]
     same_course(batch, alone, (1, 40, 13))
     assert len({stream.engine.live for stream in alone}) == 3  # so events fall on different steps
     kept = np.stack([stream.kept for stream in batch.streams])
@@ -110,11 +73,11 @@ def test_settings_follow_each_stream(config: CacheConfig) -> None:
     for stream in batch.streams:
         for table in (stream.pool.key, stream.pool.value, stream.pool.log_beta):
             table.fill_(float("nan"))  # what no stream has written must not matter
-    same_course(batch, [Alone(config) for _ in LENGTHS], (30,))
+    same_course(batch, [alone_like(config) for _ in LENGTHS], (30,))
 
 
 def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
-    alone = [Alone() for _ in LENGTHS]
+    alone = [alone_like() for _ in LENGTHS]
     batch.read({0: random_tokens(40)})
     batch.read({2: random_tokens(23)})
     alone[0].read(random_tokens(40))
@@ -126,14 +89,14 @@ def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
     np.testing.assert_array_equal(batch.decode(9, rows=[1, 2]).tokens()[1:], [row.decode(9) for row in alone[1:]])
     compare(batch, alone)
     batch.streams[0].reset()
-    alone[0] = Alone()
+    alone[0] = alone_like()
     batch.read({0: random_tokens(5, seed=8)})
     alone[0].read(random_tokens(5, seed=8))
     np.testing.assert_array_equal(batch.decode(11).tokens(), [row.decode(11) for row in alone])
 
 
 def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
-    reference, other = Alone(), Alone()
+    reference, other = alone_like(), alone_like()
     reference.read(random_tokens(50))
     batch.read({1: random_tokens(30, seed=2)})
     batch.read({0: random_tokens(23, seed=1)})
@@ -152,7 +115,7 @@ def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
 
 def test_a_step_that_failed_is_repeated_as_if_nothing_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(gated_model("qwen3-gqa", "rg10"), CONFIG, len(LENGTHS), compiled=False)
-    alone = [Alone() for _ in LENGTHS]
+    alone = [alone_like() for _ in LENGTHS]
     same_course(batch, alone, (8,))
 
     def fails() -> None:
