@@ -29,7 +29,7 @@ def test_no_buffer_of_a_program_stays(tmp_path: Path, scheme: str) -> None:
     model = gated_model("qwen3-gqa")
     export_executorch(model, CacheConfig(budget=24, buffer=8, prefill_chunk=6), tmp_path, scheme=SCHEMES[scheme])
     give_back()
-    assert planned_buffers() == before
+    assert planned_buffers() <= before  # fewer: what tests before left may go too
 
 
 def test_zeros_of_a_shape_are_one_memory() -> None:
