@@ -28,9 +28,9 @@ _COMPILER = (30.0, 20.0)
 # Seconds for each million parameters to read, round and write, and to read and round for the reference.
 _PACK = 0.037
 _ROUND = {"onnx": 0.066, "executorch": 0.02}
+_FLOATS = 0.5  # of that where numbers are only made shorter, or stay as they are
 # ONNX Runtime multiplies 8-bit weights with float32 activations slowly, as a multiple of torch's time for float32.
 _EIGHT_BITS = 6
-_FLOATS = 0.5  # of that where numbers are only made shorter, or stay as they are
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ What the export verified are the stored weights, so a line on stderr says that t
 from __future__ import annotations
 
 import sys
-from abc import ABC
 
 from trimkv_edge.gpu.artefact import ArtefactWeights, TorchArtefactEngine, TorchPooledArtefactEngine
 from trimkv_edge.gpu.quantize import quantize
 from trimkv_edge.models.gated import GatedModel
 
 
-class _Rounded(ArtefactWeights, ABC):
+class _Rounded(ArtefactWeights):
     """``scheme``: of :func:`~trimkv_edge.gpu.quantize.quantize`, whose errors the constructors raise too."""
 
     scheme: str

@@ -17,9 +17,10 @@ from trimkv_edge.export.heap import give_back
 from trimkv_edge.export.quantization import SCHEMES
 
 
-def planned_buffers() -> int:
-    """Buffers that programs were planned with; other tests of this process may hold some."""
-    return sum(type(x) is TensorSpec and getattr(x, "storage", None) is not None for x in gc.get_objects())
+def planned_buffers() -> list[TensorSpec]:
+    """Buffers that programs were planned with; other tests of this process may hold some. The list keeps them, so that
+    none of them goes while this test counts."""
+    return [x for x in gc.get_objects() if type(x) is TensorSpec and getattr(x, "storage", None) is not None]
 
 
 @pytest.mark.parametrize("scheme", ["none", "8da4w"])
@@ -29,7 +30,7 @@ def test_no_buffer_of_a_program_stays(tmp_path: Path, scheme: str) -> None:
     model = gated_model("qwen3-gqa")
     export_executorch(model, CacheConfig(budget=24, buffer=8, prefill_chunk=6), tmp_path, scheme=SCHEMES[scheme])
     give_back()
-    assert planned_buffers() <= before  # fewer: what tests before left may go too
+    assert {id(x) for x in planned_buffers()} == {id(x) for x in before}
 
 
 def test_zeros_of_a_shape_are_one_memory() -> None:

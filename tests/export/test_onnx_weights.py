@@ -47,10 +47,11 @@ def test_rounding_is_to_the_nearest_step_of_its_block(bits: int) -> None:
 def test_rows_are_rounded_by_themselves(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many are in memory together."""
     weight = np.random.default_rng(bits).standard_normal((7, 70)).astype(np.float32)
-    whole = quantize(weight, bits)
+    whole, rounded = quantize(weight, bits), round_trip(torch.from_numpy(weight), bits)
     monkeypatch.setattr(onnx_weights, "_ROWS", 3)
     for one, other in zip(whole, quantize(weight, bits), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert torch.equal(rounded, round_trip(torch.from_numpy(weight), bits))
 
 
 def test_packed_bytes_are_two_numbers_each() -> None:
