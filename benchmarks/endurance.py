@@ -1,16 +1,19 @@
 """A 100k-token stream: memory must not grow, a step must cost the same at its end as at its beginning, and the entries
 that are left must be those of naive lists.
 
-    python benchmarks/endurance.py                      # a budget for each head, about 10 minutes
+    python benchmarks/endurance.py                      # a budget for each head, about 3 minutes
     python benchmarks/endurance.py --policy global      # one budget for all
 
 Decodes token by token. The two positions are compared by two engines side by side, in alternating windows of one
-eviction cycle each, so that the machine's noise falls on both. The log-betas of all tokens are noted as they come; when
-the stream has ended, the lists (``tests/oracle.py``) are run over them.
+eviction cycle each, so that the machine's noise falls on both. Where their memory lies makes some per cent between two
+equal engines; so they are compared twice, first both early and then one of them late, and the second ratio is divided
+by the first. The log-betas of all tokens are noted as they come; when the stream has ended, the lists
+(``tests/oracle.py``) are run over them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -24,6 +27,8 @@ from trimkv_edge.engine import Engine, FloatArray
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from oracle import OracleCache
+
+CYCLE = 128
 
 
 class Notes:
@@ -43,16 +48,40 @@ class Notes:
         self.done = state.seen
 
 
-def decode_window(engine: Engine, token: int, count: int, notes: Notes | None = None) -> tuple[float, int]:
-    """Seconds for ``count`` greedy steps with their events, and the next token."""
-    started = time.perf_counter()
-    for _ in range(count):
-        token = int(engine.decode(token).argmax())
-        if engine.room == 0:
-            if notes:
-                notes.take(engine)
-            engine.evict()
-    return time.perf_counter() - started, token
+class Stream:
+    """One engine, and the token that it reads next."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.token = engine, 7
+
+    def begin(self, count: int) -> None:
+        """Back to an empty cache, and ``count`` tokens on."""
+        self.engine.reset()
+        self.token = 7
+        self.decode(count)
+
+    def decode(self, count: int, notes: Notes | None = None) -> float:
+        """Seconds for ``count`` greedy steps with their events."""
+        started = time.perf_counter()
+        for _ in range(count):
+            self.token = int(self.engine.decode(self.token).argmax())
+            if self.engine.room == 0:
+                if notes:
+                    notes.take(self.engine)
+                self.engine.evict()
+        return time.perf_counter() - started
+
+
+def side_by_side(first: Stream, second: Stream, rounds: int) -> tuple[float, float, float]:
+    """Median ms per token of each, and the median of the second's time to the first's within a round."""
+    times = []
+    for turn in range(rounds):
+        pair = {}
+        for stream in (first, second) if turn % 2 else (second, first):
+            pair[stream] = stream.decode(CYCLE)
+        times.append((pair[first], pair[second]))
+    one, other = (median(seconds) / CYCLE * 1e3 for seconds in zip(*times, strict=True))
+    return one, other, median(b / a for a, b in times)
 
 
 def differences(engine: Engine, notes: Notes) -> int:
@@ -75,48 +104,53 @@ def differences(engine: Engine, notes: Notes) -> int:
     return sum(len(set(oracle.positions(*where)) ^ set(held[where][held[where] >= 0])) for where in np.ndindex(rows))
 
 
+def measure(folder: Path, name: str, args: argparse.Namespace) -> dict[str, int | float]:
+    """The stream of one engine, and how its steps compare with an early one's."""
+    early, late = (Stream(open_engine(folder, name, args.threads)) for _ in range(2))
+    early.begin(args.early)
+    late.begin(args.early)
+    *_, equal = side_by_side(early, late, args.rounds)
+    late.begin(0)
+    notes = Notes(late.engine, args.tokens + 1000)
+    samples: list[int] = []
+    started = time.perf_counter()
+    while late.engine.seen < args.tokens:
+        late.decode(1000, notes)
+        samples.append(rss())
+    wall = time.perf_counter() - started
+    notes.take(late.engine)
+    row = {
+        "tokens": late.engine.seen,
+        "entries_at_the_end": late.engine.entries,
+        "survivors_that_differ_from_lists": differences(late.engine, notes),
+        "tokens_per_second": round(args.tokens / wall, 1),
+        "rss_growth_bytes_after_5k": max(samples[5:]) - samples[5],
+        "rss_growth_bytes_second_half": max(samples[len(samples) // 2 :]) - samples[len(samples) // 2],
+    }
+    early.begin(args.early)
+    ms_early, ms_late, apart = side_by_side(early, late, args.rounds)
+    return row | {
+        "ms_per_token_early": round(ms_early, 4),
+        "ms_per_token_late": round(ms_late, 4),
+        "ratio_when_both_were_early": round(equal, 4),
+        "late_to_early": round(apart / equal, 4),
+    }
+
+
 def main() -> None:
     options = parser("RSS slope, decode time and survivors over a long stream of tiny", "endurance")
     options.add_argument("--tokens", type=int, default=100_000)
     options.add_argument("--early", type=int, default=2_000)
-    options.add_argument("--rounds", type=int, default=40)
+    options.add_argument("--rounds", type=int, default=120, help="pairs of windows")
     options.add_argument("--budget", default="128")
     options.add_argument("--policy", default="trimkv", help="others keep their stored results")
     args = options.parse_args()
     results = json.loads(args.output.read_text())["results"] if args.output.is_file() else {}
-    with exported(budget=args.budget, buffer=128, policy=args.policy) as folder:
+    with exported(budget=args.budget, buffer=CYCLE, policy=args.policy) as folder:
         for name in ENGINES:
-            late, early = (open_engine(folder, name, args.threads) for _ in range(2))
-            notes = Notes(late, args.tokens + 2 * 1000)
-            token, samples = 7, []
-            started = time.perf_counter()
-            while late.seen < args.tokens:
-                _, token = decode_window(late, token, 1000, notes)
-                samples.append((late.seen, rss()))
-            wall = time.perf_counter() - started
-            notes.take(late)
-            wrong, seen, entries = differences(late, notes), late.seen, late.entries
-            warm = [memory for seen, memory in samples if seen >= 5_000]
-            # The same stream: where heads share a budget, time follows how it is spread over them.
-            _, other = decode_window(early, 7, args.early)
-            times: dict[str, list[float]] = {"early": [], "late": []}
-            for _ in range(args.rounds):
-                seconds, other = decode_window(early, other, 128)
-                times["early"].append(seconds)
-                seconds, token = decode_window(late, token, 128)
-                times["late"].append(seconds)
-            ratio = median(b / a for a, b in zip(times["early"], times["late"], strict=True))
-            results[name if args.policy == "trimkv" else f"{name} {args.policy}"] = {
-                "tokens": seen,
-                "entries_at_the_end": entries,
-                "survivors_that_differ_from_lists": wrong,
-                "tokens_per_second": round(args.tokens / wall, 1),
-                "rss_growth_bytes_after_5k": max(warm) - warm[0],
-                "ms_per_token_early": round(median(times["early"]) / 128 * 1e3, 4),
-                "ms_per_token_late": round(median(times["late"]) / 128 * 1e3, 4),
-                "late_to_early": round(ratio, 4),
-            }
-            print(name, results[name if args.policy == "trimkv" else f"{name} {args.policy}"], flush=True)
+            row = measure(folder, name, args)
+            results[name if args.policy == "trimkv" else f"{name} {args.policy}"] = row
+            print(name, row, flush=True)
     save(args.output, "endurance", results)
 
 
