@@ -8,6 +8,7 @@ from torch import Tensor
 import trimkv_edge.gpu.ops  # noqa: F401  the custom ops
 from trimkv_edge.config import CacheConfig
 from trimkv_edge.errors import ConfigError
+from trimkv_edge.gpu.chunk import RightAligned
 from trimkv_edge.pool import PooledCache
 
 
@@ -71,8 +72,7 @@ class DevicePool:
 
 
 class PooledAttention:
-    """An :class:`~trimkv_edge.models.attention.AttentionBackend` for ``T`` right-aligned tokens of each stream (see
-    :class:`~trimkv_edge.gpu.backend.BatchedAttention`).
+    """An :class:`~trimkv_edge.models.attention.AttentionBackend` for one forward pass of right-aligned chunks.
 
     Each token of a chunk is a row of its own in ``trimkv::attend_pool``, which sees one entry more than the one before.
 
@@ -83,36 +83,33 @@ class PooledAttention:
     """
 
     def __init__(self, pool: DevicePool, count: Tensor, length: int) -> None:
-        self._pool, self._count = pool, count
-        first = length - count.clamp(min=1).unsqueeze(1)
-        self._from = torch.maximum(torch.arange(length, device=count.device), first)
-        self._ahead = self._from - first
+        self._pool, self._chunk = pool, RightAligned(count, length)
 
     def positions(self) -> Tensor:
         """Absolute positions of the chunk, int64 ``[batch, T]``; those of padding are of its first own token."""
-        return self._pool.seen.unsqueeze(1) + self._ahead
+        return self._pool.seen.unsqueeze(1) + self._chunk.ahead
 
     def advance(self) -> None:
         """Counts the chunk, which every layer has written, and notes its positions for all layers and heads."""
         pool = self._pool
-        slots = (pool.start + pool.length).unsqueeze(-1) + self._ahead[:, None, None]
+        slots = (pool.start + pool.length).unsqueeze(-1) + self._chunk.ahead[:, None, None]
         pool.positions[slots] = self.positions()[:, None, None].expand_as(slots)
-        pool.length += self._count[:, None, None]
-        pool.seen += self._count
+        pool.length += self._chunk.count[:, None, None]
+        pool.seen += self._chunk.count
 
     def retain(self, layer: int, log_beta: Tensor) -> None:
         """Stores the chunk's log-betas, float32 ``[batch, T, kv_heads]``."""
-        self._pool.log_beta[self._slots(layer)] = self._own(log_beta.transpose(1, 2))
+        self._pool.log_beta[self._slots(layer)] = self._chunk.own(log_beta.transpose(1, 2))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Query ``[batch, heads, T, head_dim]``, key and value ``[batch, kv_heads, T, head_dim]`` (after RoPE) ->
         ``[batch, T, heads, head_dim]``."""
         pool, slots = self._pool, self._slots(layer)
         for table, rows in ((pool.key, key), (pool.value, value)):
-            table[slots] = self._own(rows).to(table.dtype)
+            table[slots] = self._chunk.own(rows).to(table.dtype)
         batch, heads, count, width = query.shape
         rows = query.transpose(1, 2).reshape(batch * count, heads, 1, width)
-        seen = pool.length[:, layer].unsqueeze(1) + (self._ahead + 1).unsqueeze(2)
+        seen = pool.length[:, layer].unsqueeze(1) + (self._chunk.ahead + 1).unsqueeze(2)
         start = pool.start[:, layer].unsqueeze(1).expand_as(seen)
         out: Tensor = torch.ops.trimkv.attend_pool(
             rows, pool.key, pool.value, start.reshape(batch * count, -1), seen.reshape(batch * count, -1), scale
@@ -122,10 +119,4 @@ class PooledAttention:
     def _slots(self, layer: int) -> Tensor:
         """``[batch, kv_heads, T]``."""
         pool = self._pool
-        return (pool.start[:, layer] + pool.length[:, layer]).unsqueeze(-1) + self._ahead.unsqueeze(1)
-
-    def _own(self, rows: Tensor) -> Tensor:
-        """``[batch, kv_heads, T, ...]`` with the first own token in the place of padding."""
-        stream = torch.arange(rows.shape[0], device=rows.device).view(-1, 1, 1)
-        head = torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1)
-        return rows[stream, head, self._from.unsqueeze(1)]
+        return (pool.start[:, layer] + pool.length[:, layer]).unsqueeze(-1) + self._chunk.ahead.unsqueeze(1)

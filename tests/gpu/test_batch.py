@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from factories import gated_model, random_tokens
-from lone_stream import Alone, compare
+from lone_stream import Alone, compare, one_is_driven_by_itself, one_waits_and_one_begins_anew
 from torch._dynamo.utils import counters
 
 from trimkv_edge.config import CacheConfig
@@ -62,42 +62,11 @@ def test_streams_of_different_lengths_are_what_they_are_alone(batch: Batch) -> N
 
 
 def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
-    alone = [alone_like() for _ in LENGTHS]
-    batch.read({0: random_tokens(40), 2: random_tokens(22)})
-    alone[0].read(random_tokens(40))
-    alone[2].read(random_tokens(22))
-    # Stream 2 holds 22 entries, all of its slots, and waits; stream 1 is empty.
-    np.testing.assert_array_equal(batch.decode(30, rows=[0]).tokens()[0], alone[0].decode(30))
-    batch.read({1: random_tokens(33, seed=4)})
-    alone[1].read(random_tokens(33, seed=4))
-    np.testing.assert_array_equal(batch.decode(9, rows=[1, 2]).tokens()[1:], [row.decode(9) for row in alone[1:]])
-    compare(batch, alone)
-    batch.streams[0].reset()
-    alone[0] = alone_like()
-    batch.read({0: random_tokens(5, seed=8)})
-    alone[0].read(random_tokens(5, seed=8))
-    np.testing.assert_array_equal(batch.decode(11).tokens(), [row.decode(11) for row in alone])
+    one_waits_and_one_begins_anew(batch, alone_like)
 
 
-def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
-    reference = alone_like()
-    reference.read(random_tokens(50))
-    batch.read({0: random_tokens(22, seed=1), 1: random_tokens(30, seed=2)})
-    other = alone_like()
-    other.read(random_tokens(30, seed=2))
-    batch.streams[2].load_state(reference.engine.state())
-    for token in random_tokens(30, seed=3):  # stream 0 was full
-        stream = batch.streams[2]
-        if stream.room == 0:
-            stream.evict()
-        np.testing.assert_allclose(stream.decode(token), _after(reference, token), atol=1e-4)
-    np.testing.assert_array_equal(batch.streams[2].survivors(), reference.engine.survivors())
-    np.testing.assert_array_equal(batch.decode(20, rows=[1]).tokens()[1], other.decode(20))
-
-
-def _after(stream: Alone, token: int) -> np.ndarray:
-    stream.read([token])
-    return stream.logits
+def test_a_stream_can_be_given_a_state_and_driven_by_itself(batch: Batch) -> None:
+    one_is_driven_by_itself(batch, alone_like)
 
 
 def test_a_policy_without_a_kernel_follows_each_stream() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from factories import gated_model, random_tokens
-from lone_stream import Alone, compare
+from lone_stream import Alone, compare, one_is_driven_by_itself, one_waits_and_one_begins_anew
 from torch._dynamo.utils import counters
 
 from trimkv_edge.config import CacheConfig
@@ -77,40 +77,11 @@ def test_settings_follow_each_stream(config: CacheConfig) -> None:
 
 
 def test_a_stream_waits_or_begins_anew_while_others_go_on(batch: Batch) -> None:
-    alone = [alone_like() for _ in LENGTHS]
-    batch.read({0: random_tokens(40)})
-    batch.read({2: random_tokens(23)})
-    alone[0].read(random_tokens(40))
-    alone[2].read(random_tokens(23))
-    assert batch.streams[2].room == 0  # it waits with a full ring; stream 1 is empty
-    np.testing.assert_array_equal(batch.decode(30, rows=[0]).tokens()[0], alone[0].decode(30))
-    batch.read({1: random_tokens(33, seed=4)})
-    alone[1].read(random_tokens(33, seed=4))
-    np.testing.assert_array_equal(batch.decode(9, rows=[1, 2]).tokens()[1:], [row.decode(9) for row in alone[1:]])
-    compare(batch, alone)
-    batch.streams[0].reset()
-    alone[0] = alone_like()
-    batch.read({0: random_tokens(5, seed=8)})
-    alone[0].read(random_tokens(5, seed=8))
-    np.testing.assert_array_equal(batch.decode(11).tokens(), [row.decode(11) for row in alone])
+    one_waits_and_one_begins_anew(batch, alone_like)
 
 
-def test_streams_can_be_driven_alone_and_given_states(batch: Batch) -> None:
-    reference, other = alone_like(), alone_like()
-    reference.read(random_tokens(50))
-    batch.read({1: random_tokens(30, seed=2)})
-    batch.read({0: random_tokens(23, seed=1)})
-    assert batch.streams[0].room == 0
-    other.read(random_tokens(30, seed=2))
-    stream = batch.streams[2]
-    stream.load_state(reference.engine.state())
-    for token in random_tokens(30, seed=3):
-        if stream.room == 0:
-            stream.evict()
-        reference.read([token])
-        np.testing.assert_allclose(stream.decode(token), reference.logits, atol=1e-4)
-    np.testing.assert_array_equal(stream.survivors(), reference.engine.survivors())
-    np.testing.assert_array_equal(batch.decode(20, rows=[1]).tokens()[1], other.decode(20))
+def test_a_stream_can_be_given_a_state_and_driven_by_itself(batch: Batch) -> None:
+    one_is_driven_by_itself(batch, alone_like)
 
 
 def test_a_step_that_failed_is_repeated_as_if_nothing_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
