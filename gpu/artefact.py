@@ -32,7 +32,7 @@ CONFIG, GATES = "config.json", "gates.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class ArtefactWeights(ArtefactEngine):
+class FromArtefact(ArtefactEngine):
     """What both kinds of engine do with an artefact.
 
     Args:
@@ -115,12 +115,12 @@ class ArtefactWeights(ArtefactEngine):
         return sorted(found, key=lambda row: -row.seconds)
 
 
-class TorchArtefactEngine(DeviceEngine, ArtefactWeights):
+class TorchArtefactEngine(DeviceEngine, FromArtefact):
     """Runs the ``torch`` target of an artefact on CUDA if torch can use it, else on the CPU; arguments and errors as
     for its base."""
 
 
-class TorchPooledArtefactEngine(DevicePooledEngine, ArtefactWeights):
+class TorchPooledArtefactEngine(DevicePooledEngine, FromArtefact):
     """The same where heads share a budget."""
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from trimkv_edge.gpu.artefact import ArtefactWeights, TorchArtefactEngine, TorchPooledArtefactEngine
+from trimkv_edge.gpu.artefact import FromArtefact, TorchArtefactEngine, TorchPooledArtefactEngine
 from trimkv_edge.gpu.quantize import quantize
 from trimkv_edge.models.gated import GatedModel
 
 
-class _Rounded(ArtefactWeights):
+class _Rounded(FromArtefact):
     """``scheme``: of :func:`~trimkv_edge.gpu.quantize.quantize`, whose errors the constructors raise too."""
 
     scheme: str
