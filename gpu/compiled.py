@@ -45,7 +45,7 @@ class Steps:
 
     Attributes:
         token: int64 ``[batch, 1]``, read by ``decode``.
-        chunk: int64 ``[batch, longest]``, right-aligned (see :class:`~trimkv_edge.gpu.chunk.RightAligned`), read by ``prefill``.
+        chunk: int64 ``[batch, longest]``, read by ``prefill``; see :class:`~trimkv_edge.gpu.chunk.RightAligned`.
         count: int64 ``[batch]``, tokens that each stream reads in this step, 0 to 1 or to ``longest``.
         logits: float32 ``[batch, vocab_size]``, after the last token of the streams that read one.
         decode, prefill: the steps. In both every stream has a free slot, also one that reads nothing.
